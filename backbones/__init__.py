@@ -1,0 +1,1 @@
+"""Backbones: pixels in, a feature pyramid out."""

@@ -1,0 +1,1 @@
+"""Efficiency methods that apply to any network."""

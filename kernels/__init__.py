@@ -1,0 +1,1 @@
+"""Operations: a PyTorch reference each, with Triton kernels where they pay."""

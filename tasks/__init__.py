@@ -1,0 +1,1 @@
+"""What people run: one package per task, shared parts in `tasks.core`."""

@@ -1,0 +1,1 @@
+"""Semantic segmentation: FASeg, Mask2Former and Semantic FPN."""
