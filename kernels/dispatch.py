@@ -1,0 +1,34 @@
+"""Which implementation of an operation runs: PyTorch reference or Triton kernel."""
+
+import importlib.util
+import os
+from typing import Literal
+
+from torch import Tensor
+
+Path = Literal["reference", "triton"]
+
+
+def choose_path(op: str, tensor: Tensor, *, has_triton: bool) -> Path:
+    """Return the implementation of `op` to use for `tensor`.
+
+    The environment variable `FRUGAL_KERNELS` decides: `auto` (default) takes Triton for CUDA tensors when the op has
+    kernels and Triton is installed, `reference` always takes PyTorch, `triton` insists on the kernels and raises
+    `RuntimeError` when they cannot run. Any other value raises `ValueError`.
+    """
+    setting = os.environ.get("FRUGAL_KERNELS", "auto")
+    if setting not in ("auto", "reference", "triton"):
+        raise ValueError(f"FRUGAL_KERNELS={setting!r}: expected auto, reference or triton")
+    if setting == "reference":
+        return "reference"
+    installed = has_triton and importlib.util.find_spec("triton") is not None
+    runnable = tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+    if setting == "auto":
+        return "triton" if installed and tensor.is_cuda else "reference"
+    if not has_triton:
+        raise RuntimeError(f"FRUGAL_KERNELS=triton, but {op} has no Triton kernels: set it to auto or reference")
+    if not installed:
+        raise RuntimeError(f"FRUGAL_KERNELS=triton, but Triton is not installed: {op} needs auto or reference")
+    if not runnable:
+        raise RuntimeError(f"FRUGAL_KERNELS=triton, but {op} got a {tensor.device.type} tensor: expected cuda")
+    return "triton"

@@ -1,0 +1,1 @@
+"""FASeg and Mask2Former: mask classification with focus-aware queries."""

@@ -1,0 +1,72 @@
+"""Optimal assignment of predicted masks to target segments (DETR, arXiv 2005.12872; Mask2Former, arXiv 2112.01527)."""
+
+import torch
+import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor, nn
+
+from tasks.core.errors import UserError
+from tasks.segmentation.faseg.points import PointSource, point_sample, uniform_points
+
+
+def matching_costs(
+    class_logits: Tensor, mask_logits: Tensor, labels: Tensor, masks: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the class, mask and dice costs, (Q, T) each, of pairing every prediction with every target.
+
+    class_logits (Q, K + 1), labels (T,); mask_logits (Q, P) and masks (T, P) are values at the same P points.
+    """
+    cost_class = -class_logits.softmax(dim=-1)[:, labels]
+    # Binary cross-entropy of all pairs: softplus(-a) where the target is 1, softplus(a) where it is 0.
+    positive, negative = F.softplus(-mask_logits), F.softplus(mask_logits)
+    cost_mask = (positive @ masks.T + negative @ (1 - masks).T) / mask_logits.shape[1]
+    probability = mask_logits.sigmoid()
+    overlap = 2 * probability @ masks.T
+    total = probability.sum(dim=1)[:, None] + masks.sum(dim=1)[None]
+    return cost_class, cost_mask, 1 - (overlap + 1) / (total + 1)
+
+
+class HungarianMatcher(nn.Module):
+    """Match each image's queries to its segments with the least total cost, masks compared at random points."""
+
+    def __init__(
+        self,
+        class_weight: float = 2.0,
+        mask_weight: float = 5.0,
+        dice_weight: float = 5.0,
+        num_points: int = 12544,
+        draw_points: PointSource = uniform_points,
+    ) -> None:
+        super().__init__()
+        self.class_weight, self.mask_weight, self.dice_weight = class_weight, mask_weight, dice_weight
+        self.num_points = num_points
+        self.draw_points = draw_points
+
+    @torch.no_grad()
+    def forward(
+        self, pred_logits: Tensor, pred_masks: Tensor, labels: list[Tensor], masks: list[Tensor]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Return per image the matched query and target indices, min(Q, T) each, queries ascending.
+
+        pred_logits (B, Q, K + 1), pred_masks (B, Q, h, w); per image labels (T,) and masks (T, H, W), floating point.
+        Raises `UserError` when a cost is not finite.
+        """
+        costs = []
+        for image in range(pred_logits.shape[0]):
+            points = self.draw_points(1, self.num_points, pred_masks)  # shared by all queries and targets
+            predicted = point_sample(pred_masks[image, None], points).squeeze(0)  # (Q, P)
+            target = point_sample(masks[image][None].to(predicted.dtype), points).squeeze(0)  # (T, P)
+            cost_class, cost_mask, cost_dice = matching_costs(pred_logits[image], predicted, labels[image], target)
+            costs.append(self.class_weight * cost_class + self.mask_weight * cost_mask + self.dice_weight * cost_dice)
+        # One transfer after all costs are queued keeps the device busy.
+        return [self._assign(cost.cpu(), pred_logits.device) for cost in costs]
+
+    @staticmethod
+    def _assign(cost: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+        if not cost.isfinite().all():
+            raise UserError(
+                "FASeg: matching costs contain NaN or infinity, so the network's predictions do; "
+                "lower the learning rate or train with precision 32-true or bf16-mixed"
+            )
+        queries, targets = linear_sum_assignment(cost.numpy())
+        return torch.as_tensor(queries, device=device), torch.as_tensor(targets, device=device)

@@ -1,0 +1,95 @@
+"""FASeg (arXiv 2204.01244): backbone, pixel decoder and transformer decoder in one module."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tasks.segmentation.faseg.pixel_decoder import PixelDecoder
+from tasks.segmentation.faseg.transformer_decoder import TransformerDecoder
+
+PIXEL_MEAN = (123.675, 116.28, 103.53)
+PIXEL_STD = (58.395, 57.12, 57.375)
+SIZE_DIVISOR = 32
+
+
+class FASegNetwork(nn.Module):
+    """Predict a set of (class, mask) pairs for an image.
+
+    `backbone` maps normalised images (B, 3, H, W) to four maps of strides 4, 8, 16, 32 with `channels` channels.
+    FASeg's three ideas are switches: `dynamic_queries`, `high_resolution` attention and `conditional_positions`.
+    Mask2Former is all three off, `num_layers=9` and `mask_threshold=0.5`.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        channels: Sequence[int],
+        num_classes: int,
+        hidden_dim: int = 256,
+        mask_dim: int = 256,
+        num_queries: int = 100,
+        num_heads: int = 8,
+        dim_feedforward: int = 2048,
+        num_layers: int = 13,
+        encoder_layers: int = 6,
+        encoder_dim_feedforward: int = 1024,
+        omega_rate: int = 32,
+        mask_threshold: float = 0.15,
+        dynamic_queries: bool = True,
+        high_resolution: bool = True,
+        conditional_positions: bool = True,
+    ) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.backbone = backbone
+        self.pixel_decoder = PixelDecoder(
+            channels,
+            dim=hidden_dim,
+            mask_dim=mask_dim,
+            num_heads=num_heads,
+            num_layers=encoder_layers,
+            dim_feedforward=encoder_dim_feedforward,
+            num_levels=4 if high_resolution else 3,
+            conditional_positions=conditional_positions,
+        )
+        self.decoder = TransformerDecoder(
+            num_classes,
+            dim=hidden_dim,
+            mask_dim=mask_dim,
+            num_queries=num_queries,
+            num_heads=num_heads,
+            dim_feedforward=dim_feedforward,
+            num_layers=num_layers,
+            omega_rate=omega_rate,
+            mask_threshold=mask_threshold,
+            dynamic_queries=dynamic_queries,
+            high_resolution=high_resolution,
+        )
+        self.pixel_mean: Tensor
+        self.pixel_std: Tensor
+        self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN)[:, None, None], persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(PIXEL_STD)[:, None, None], persistent=False)
+
+    def preprocess(self, images: Tensor) -> Tensor:
+        """Normalise RGB images (B, 3, H, W) in 0..255, then zero-pad right and bottom to a multiple of 32."""
+        height, width = images.shape[-2:]
+        normalised = (images.to(self.pixel_mean.dtype) - self.pixel_mean) / self.pixel_std
+        return F.pad(normalised, (0, -width % SIZE_DIVISOR, 0, -height % SIZE_DIVISOR))
+
+    def forward(self, images: Tensor) -> dict[str, Any]:
+        """Predict from RGB images (B, 3, H, W), uint8 or floating point, in 0..255.
+
+        Returns `pred_logits` (B, Q, K + 1), the last class being "no object", `pred_masks` (B, Q, H/4, W/4) logits of
+        the padded image, and `aux_outputs`, the same two for every earlier decoder stage.
+        """
+        *auxiliary, (logits, masks) = self.decoder(self.pixel_decoder(self.backbone(self.preprocess(images))))
+        return {
+            "pred_logits": logits,
+            "pred_masks": masks,
+            "aux_outputs": [
+                {"pred_logits": aux_logits, "pred_masks": aux_masks} for aux_logits, aux_masks in auxiliary
+            ],
+        }
