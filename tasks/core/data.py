@@ -1,0 +1,257 @@
+"""Loaders, samplers and seeding that all tasks share.
+
+Training samplers hand out *virtual* indices `index + pass * length`, so a data set knows in which pass over the data
+it is asked for a sample and can seed that sample's augmentation from (seed, pass, index) alone. Batches are therefore
+the same for any number of workers and after resuming in mid-epoch, and no two workers draw the same random stream.
+"""
+
+import random
+from collections.abc import Callable, Iterator, Sized
+from typing import Any, Protocol, cast
+
+import cv2
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import distributed
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from tasks.core.errors import UserError
+
+
+class DataError(UserError):
+    """A data set that cannot be used.
+
+    A loader worker re-raises with its traceback inside the message; only the message itself is kept.
+    """
+
+    def __init__(self, message: str) -> None:
+        if message.startswith("Caught DataError in DataLoader worker"):
+            message = message.split("DataError: ", 1)[1].rstrip()
+        super().__init__(message)
+
+
+def missing_data_message(what: str, layout: str, source: str, sample_command: str) -> str:
+    """Say what is missing, the layout expected, where to get the data and which command runs without it."""
+    indented = "\n".join(f"  {line}" for line in layout.strip("\n").splitlines())
+    return (
+        f"{what}\nExpected layout:\n{indented}\nWhere to get it: {source}\nTo try the task without it: {sample_command}"
+    )
+
+
+def _process() -> tuple[int, int]:
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1
+
+
+class TrainSampler(Sampler[int]):
+    """Shuffled virtual indices of one process, the same number on every process.
+
+    An epoch is one pass over the `length` samples, or as many passes as fill one global batch when the set is smaller;
+    the remainder that does not fill a global batch is dropped. The order depends on (seed, pass) only.
+    `batch_size` counts samples per process. A resumed run starts with `epoch` and skips its first `start` batches;
+    `len()` stays that of a whole epoch. `rank` and `world_size` come from `torch.distributed` unless given.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        seed: int,
+        shuffle: bool = True,
+        *,
+        epoch: int = 0,
+        start: int = 0,
+        rank: int | None = None,
+        world_size: int | None = None,
+    ) -> None:
+        default_rank, default_world_size = _process()
+        self.rank = default_rank if rank is None else rank
+        self.world_size = default_world_size if world_size is None else world_size
+        self.length, self.batch_size, self.seed, self.shuffle = length, batch_size, seed, shuffle
+        global_batch = batch_size * self.world_size
+        self.passes = -(-global_batch // length)  # 1 unless the set is smaller than a global batch
+        self.num_batches = self.passes * length // global_batch
+        self.epoch = epoch
+        self._resumed_epoch, self._skip = epoch, start * batch_size
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of the next iteration (called by Lightning)."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.num_batches * self.batch_size
+
+    def __iter__(self) -> Iterator[int]:
+        first = self.epoch * self.passes
+        order = np.concatenate([self._order(first + i) for i in range(self.passes)])
+        mine = order[self.rank :: self.world_size][: len(self)]
+        yield from mine[self._skip if self.epoch == self._resumed_epoch else 0 :].tolist()
+
+    def _order(self, number: int) -> np.ndarray:
+        """Virtual indices of one pass over the data."""
+        generator = np.random.default_rng((self.seed, number))
+        order = generator.permutation(self.length) if self.shuffle else np.arange(self.length)
+        return order + number * self.length
+
+
+class EvaluationSampler(Sampler[int]):
+    """Every `world_size`-th index starting with `rank`: over all processes each sample is seen exactly once."""
+
+    def __init__(self, length: int, *, rank: int | None = None, world_size: int | None = None) -> None:
+        default_rank, default_world_size = _process()
+        rank = default_rank if rank is None else rank
+        self.indices = range(rank, length, default_world_size if world_size is None else world_size)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.indices)
+
+
+class Augmentation(Protocol):
+    """An albumentations transform or composition."""
+
+    def set_random_state(self, random_generator: np.random.Generator, py_random: random.Random) -> None:
+        """Use these generators from now on."""
+
+
+def seed_augmentation(augmentation: Augmentation, seed: int, epoch: int, index: int) -> None:
+    """Make the next call of an albumentations composition depend on (seed, epoch, index) only.
+
+    All its transforms draw from one stream. `Compose.set_random_seed` would give each transform a copy of the same
+    stream, which couples their decisions: two transforms with p = 0.5 would always be applied together.
+    """
+    sequence = np.random.SeedSequence((seed, epoch, index))
+    words = sequence.generate_state(4, np.uint64)
+    generator = np.random.Generator(np.random.PCG64(sequence))
+    augmentation.set_random_state(generator, random.Random(int(words[0])))
+
+
+def _start_worker(worker: int) -> None:
+    # One process per worker is the parallelism; OpenCV's own threads would only compete with it.
+    cv2.setNumThreads(0)
+
+
+class TaskDataModule(LightningDataModule):
+    """Owns loaders, workers and samplers; a task adds its data sets and how to collate their samples.
+
+    `batch_size` and `eval_batch_size` count samples per process. Create the Trainer with
+    `use_distributed_sampler=False`: the samplers here already divide the data between processes, and those for
+    evaluation never repeat or drop a sample. The position inside an epoch is part of every checkpoint.
+
+    Subclasses implement `train_dataset`, `val_dataset`, `test_dataset`, `predict_dataset` (map-style; the one for
+    training is indexed by virtual indices) and may override `train_collate` and `eval_collate`.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        batch_size: int = 1,
+        eval_batch_size: int = 1,
+        num_workers: int = 2,
+        seed: int = 0,
+        pin_memory: bool = True,
+    ) -> None:
+        super().__init__()
+        # A process may hold no sample at all when there are fewer than processes.
+        self.allow_zero_length_dataloader_with_multiple_devices = True
+        for name, value, least in (("batch_size", batch_size, 1), ("eval_batch_size", eval_batch_size, 1)):
+            if value < least:
+                raise UserError(f"{name} is {value}; expected at least {least}")
+        if num_workers < 0 or seed < 0:
+            raise UserError(f"num_workers is {num_workers} and seed {seed}; expected values of at least 0")
+        self.root = root
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+        self.pin_memory = pin_memory
+        self._resume = {"epoch": 0, "batches": 0}
+
+    train_collate: Callable[[list[Any]], Any] | None = None
+    eval_collate: Callable[[list[Any]], Any] | None = None
+
+    def train_dataset(self) -> Dataset[Any]:
+        """Return the training set, which is indexed by virtual indices."""
+        raise NotImplementedError
+
+    def val_dataset(self) -> Dataset[Any]:
+        """Return the validation set."""
+        raise NotImplementedError
+
+    def test_dataset(self) -> Dataset[Any]:
+        """Return the test set."""
+        raise NotImplementedError
+
+    def predict_dataset(self) -> Dataset[Any]:
+        """Return the inputs to predict."""
+        raise NotImplementedError
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Load training batches; a resumed run continues behind the last batch of its checkpoint."""
+        dataset = self.train_dataset()
+        sampler = TrainSampler(
+            len(cast(Sized, dataset)),
+            self.batch_size,
+            self.seed,
+            epoch=self._resume["epoch"],
+            start=self._resume["batches"],
+        )
+        self._resume = {"epoch": 0, "batches": 0}
+        return self._loader(dataset, self.batch_size, sampler, self.train_collate, drop_last=True)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Load validation batches."""
+        return self._evaluation_loader(self.val_dataset())
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Load test batches."""
+        return self._evaluation_loader(self.test_dataset())
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """Load the inputs to predict."""
+        return self._evaluation_loader(self.predict_dataset())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the epoch in progress and the number of its batches already trained on (Lightning checkpoints)."""
+        if self.trainer is None:
+            return {}
+        loop = self.trainer.fit_loop
+        # `processed` counts a batch after its optimizer step and before the hooks that save checkpoints;
+        # `ready` counts epochs from 1 when they begin.
+        epoch = max(loop.epoch_progress.current.ready - 1, 0)
+        batches = loop.epoch_loop.batch_progress.current.processed
+        if batches >= self.trainer.num_training_batches:
+            epoch, batches = epoch + 1, 0
+        return {"epoch": epoch, "batches": batches}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue at the position that `state_dict` saved."""
+        self._resume = dict(state_dict)
+
+    def _evaluation_loader(self, dataset: Dataset[Any]) -> DataLoader[Any]:
+        sampler = EvaluationSampler(len(cast(Sized, dataset)))
+        return self._loader(dataset, self.eval_batch_size, sampler, self.eval_collate, drop_last=False)
+
+    def _loader(
+        self,
+        dataset: Dataset[Any],
+        batch_size: int,
+        sampler: Sampler[int],
+        collate: Callable[[list[Any]], Any] | None,
+        drop_last: bool,
+    ) -> DataLoader[Any]:
+        return DataLoader(
+            dataset,
+            batch_size=batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            collate_fn=collate,
+            pin_memory=self.pin_memory and torch.cuda.is_available(),
+            drop_last=drop_last,
+            worker_init_fn=_start_worker,
+            persistent_workers=self.num_workers > 0,
+        )
