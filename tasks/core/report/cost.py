@@ -1,0 +1,124 @@
+"""What a network costs, and the machine and versions it ran on."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from tasks.core.report.document import Cost
+
+TIMED_PASSES = 3
+PACKAGES = (
+    "frugal-vision",
+    "torch",
+    "torchvision",
+    "lightning",
+    "torchmetrics",
+    "timm",
+    "triton",
+    "albumentations",
+    "numpy",
+)
+MACS_KIND = (
+    "one example; matrix products, convolutions and attention only: "
+    "normalisation, activations, interpolation and sampling are not counted"
+)
+
+
+@torch.no_grad()
+def measure_cost(network: nn.Module, example_input: Tensor, step_time_ms: float | None = None) -> Cost:
+    """Parameters, multiply-adds, step time and peak memory of `network` in evaluation mode.
+
+    Args:
+        network: Its modules are left in the mode they were in.
+        example_input: One input on the network's device, (1, ...).
+        step_time_ms: Training step time measured before; None times `TIMED_PASSES` forward passes here (median).
+
+    Returns:
+        `params` (trainable and frozen, no buffers), `macs` (FLOPs / 2 of one example), `step_time_ms`,
+        `peak_memory_mb`, and what these mean: `macs_kind`, `step_time_kind`, `peak_memory_kind`.
+    """
+    memory, memory_kind = peak_memory(example_input.device)  # before the passes below add theirs
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        with FlopCounterMode(display=False) as counter:
+            network(example_input)
+        kind = "training step with data loading, median"
+        if step_time_ms is None:
+            step_time_ms = statistics.median(_forward_ms(network, example_input) for _ in range(TIMED_PASSES))
+            size = "×".join(str(length) for length in example_input.shape)
+            kind = f"forward pass of one example ({size}), median of {TIMED_PASSES}"
+    finally:
+        for module, training in modes:  # one by one: frozen norms stay in evaluation mode during training
+            module.training = training
+    return {
+        "params": sum(parameter.numel() for parameter in network.parameters()),
+        "macs": counter.get_total_flops() // 2,
+        "macs_kind": MACS_KIND,
+        "step_time_ms": step_time_ms,
+        "step_time_kind": kind,
+        "peak_memory_mb": memory,
+        "peak_memory_kind": memory_kind,
+    }
+
+
+def peak_memory(device: torch.device) -> tuple[float | None, str]:
+    """Peak memory in MB (10⁶ bytes) and its kind: allocated on the CUDA device, else resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6, "largest allocation of tensors on the GPU"
+    if sys.platform == "win32":
+        return None, "not measured on Windows without a GPU"
+    import resource  # not part of Python on Windows
+
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB on Linux
+    return resource.getrusage(
+        resource.RUSAGE_SELF
+    ).ru_maxrss * unit / 1e6, "resident memory of the process, data loading not included"
+
+
+def environment(device: torch.device | str = "cpu") -> dict[str, str]:
+    """Versions, operating system and device. Neither host names nor paths."""
+    device = torch.device(device)
+    found = {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:  # optional, or run from a checkout
+            continue
+    if device.type == "cuda":
+        found["device"] = torch.cuda.get_device_name(device)
+        found["cuda"] = str(torch.version.cuda)
+    else:
+        found["device"] = f"{device.type.upper()}, {_processor()}, {torch.get_num_threads()} threads"
+    return found
+
+
+def _forward_ms(network: nn.Module, example_input: Tensor) -> float:
+    _synchronize(example_input.device)
+    start = time.perf_counter()
+    network(example_input)
+    _synchronize(example_input.device)
+    return (time.perf_counter() - start) * 1e3
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _processor() -> str:
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        for line in information.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

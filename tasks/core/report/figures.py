@@ -1,0 +1,200 @@
+"""Figures of the report, drawn with matplotlib's objects: no pyplot, no state shared with the caller."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+from PIL import Image
+
+from tasks.core.report.document import Curve
+
+INK = "#3b4252"
+COLOURS = ("#2f6fb5", "#d9822b", "#3f9b5f", "#b5477f", "#7a5fc0", "#8a8f98")
+MAX_LINES = len(COLOURS)
+MAX_BARS = 40
+MAX_CLASSES_IN_MATRIX = 30
+MAX_LEGEND = 10
+
+
+def curve_panels(curves: Mapping[str, Curve]) -> list[tuple[str, bytes]]:
+    """One SVG per quantity, loss first and learning rate last: `train/loss` and `val/loss` share a panel.
+
+    Curves of a single point are not drawn. The background is transparent.
+    """
+    groups: dict[str, dict[str, Curve]] = {}
+    for name, points in curves.items():
+        if len(points) > 1:
+            groups.setdefault(_quantity(name), {})[name] = points
+    order = sorted(groups, key=lambda title: (title != "loss", "loss" not in title, title == "learning rate", title))
+    return [(title, _curve_panel(groups[title])) for title in order]
+
+
+def class_bars(values: Mapping[str, float], label: str) -> bytes:
+    """Horizontal bars, one per class, largest first, as PNG; of more than 40 classes the 20 first and 20 last."""
+    ranked = sorted(values.items(), key=lambda item: -np.nan_to_num(item[1], nan=-np.inf))
+    if len(ranked) > MAX_BARS:
+        half = MAX_BARS // 2
+        ranked = [*ranked[:half], (f"… {len(ranked) - MAX_BARS} more …", float("nan")), *ranked[-half:]]
+    figure = Figure(figsize=(7, 0.5 + 0.22 * len(ranked)), layout="constrained")
+    axes = figure.add_subplot()
+    numbers = [value for _, value in ranked]
+    bars = axes.barh([name for name, _ in ranked], numbers, color=COLOURS[0], height=0.72)
+    axes.bar_label(bars, ["" if np.isnan(v) else f"{v:.3g}" for v in numbers], padding=3, fontsize=7, color=INK)
+    axes.invert_yaxis()
+    axes.margins(x=0.1, y=0.01)
+    axes.set_xlabel(label)
+    _quiet(axes)
+    axes.grid(False, axis="y")
+    return _png(figure)
+
+
+def confusion_matrix(counts: NDArray[np.integer], classes: Sequence[str]) -> bytes:
+    """Counts (K, K) [truth, prediction] as PNG: each row in per cent, or for many classes the largest confusions."""
+    total = counts.sum(axis=1, keepdims=True)
+    share = 100 * counts / np.maximum(total, 1)
+    if len(classes) > MAX_CLASSES_IN_MATRIX:
+        return _top_confusions(share, classes)
+    size = 2.5 + 0.3 * len(classes)
+    figure = Figure(figsize=(size + 0.6, size), layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(share, cmap="Blues", vmin=0, vmax=100)
+    axes.set_xticks(range(len(classes)), classes, rotation=90)
+    axes.set_yticks(range(len(classes)), classes)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true")
+    axes.tick_params(length=0, labelsize=8, colors=INK)
+    axes.spines[:].set_visible(False)
+    for row, column in np.argwhere(share >= 0.5):
+        ink = "white" if share[row, column] > 55 else INK
+        axes.text(column, row, f"{share[row, column]:.0f}", ha="center", va="center", fontsize=6.5, color=ink)
+    bar = figure.colorbar(image, ax=axes, shrink=0.7, pad=0.02, label="% of the true class")
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(length=0, labelsize=7, colors=INK)
+    return _png(figure)
+
+
+def thumbnail(array: NDArray[np.uint8], longest_side: int = 320) -> NDArray[np.uint8]:
+    """An RGB image (H, W, 3) or label map (H, W) made small enough to keep; labels are picked, never mixed."""
+    height, width = array.shape[:2]
+    scale = longest_side / max(height, width)
+    if scale >= 1:
+        return array.copy()
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    method = Image.Resampling.NEAREST if array.ndim == 2 else Image.Resampling.LANCZOS
+    return np.asarray(Image.fromarray(array).resize(size, method))
+
+
+def overlay(
+    image: NDArray[np.uint8], labels: NDArray[np.integer], palette: NDArray[np.uint8], ignore: int = 255
+) -> NDArray[np.uint8]:
+    """`image` (H, W, 3) tinted by the colour of each label (H, W); pixels labelled `ignore` stay as they are.
+
+    Raises:
+        ValueError: A label has no colour in `palette` (K, 3).
+    """
+    valid = labels != ignore
+    if valid.any() and not 0 <= labels[valid].min() <= labels[valid].max() < len(palette):
+        raise ValueError(
+            f"labels {labels[valid].min()}..{labels[valid].max()}: expected 0..{len(palette) - 1} or {ignore}"
+        )
+    mixed = image.copy()
+    mixed[valid] = (0.4 * image[valid] + 0.6 * palette[labels[valid]]).round().astype(np.uint8)
+    return mixed
+
+
+def side_by_side(
+    image: NDArray[np.uint8],
+    truth: NDArray[np.integer],
+    prediction: NDArray[np.integer],
+    palette: NDArray[np.uint8],
+    classes: Sequence[str],
+    ignore: int = 255,
+) -> bytes:
+    """Image (H, W, 3), ground truth (H, W) and prediction (H, W) as PNG, with a legend of the largest classes in them.
+
+    Pixels that the ground truth ignores are left out of the legend.
+    """
+    height, width = image.shape[:2]
+    panel = 3.2
+    figure = Figure(figsize=(3 * panel, panel * height / width + 0.75), layout="constrained")
+    panels = {
+        "image": image,
+        "ground truth": overlay(image, truth, palette, ignore),
+        "prediction": overlay(image, prediction, palette, ignore),
+    }
+    for axes, (title, pixels) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+        axes.imshow(pixels)
+        axes.set_title(title, fontsize=9, color=INK, pad=4)
+        axes.set_axis_off()
+    scored = truth != ignore
+    area = np.bincount(np.concatenate([truth[scored], prediction[scored]]), minlength=len(classes))[: len(classes)]
+    present = [index for index in np.argsort(-area, kind="stable") if area[index]]
+    handles = [Patch(facecolor=palette[index] / 255, label=classes[index]) for index in present[:MAX_LEGEND]]
+    if len(present) > MAX_LEGEND:
+        handles.append(Patch(facecolor="none", label=f"+ {len(present) - MAX_LEGEND} more"))
+    if handles:
+        figure.legend(handles=handles, loc="outside lower center", ncols=6, frameon=False, fontsize=8, labelcolor=INK)
+    return _png(figure, dpi=110)
+
+
+def _quantity(name: str) -> str:
+    """The panel of a curve: its name without the stage, step and epoch."""
+    if name.startswith(("lr-", "lr/")) or name == "lr":
+        return "learning rate"
+    quantity = name.split("/", 1)[-1].removesuffix("_step").removesuffix("_epoch")
+    return "loss terms" if "loss" in quantity and quantity != "loss" else quantity
+
+
+def _curve_panel(curves: Mapping[str, Curve]) -> bytes:
+    lines: dict[tuple[tuple[int, float], ...], str] = {}
+    for name, points in curves.items():
+        lines.setdefault(tuple(points), name)  # parameter groups often share one learning rate
+    figure = Figure(figsize=(5.2, 2.9), layout="constrained")
+    axes = figure.add_subplot()
+    for colour, (points, name) in zip(COLOURS, lines.items(), strict=False):
+        steps, values = zip(*points, strict=True)
+        marker = "o" if len(points) <= 40 else None
+        axes.plot(steps, values, color=colour, linewidth=1.5, marker=marker, markersize=3, label=name)
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    _quiet(axes)
+    title = f"{MAX_LINES} of {len(lines)}, all in report.json" if len(lines) > MAX_LINES else None
+    axes.legend(frameon=False, fontsize=8, labelcolor=INK, title=title, title_fontsize=7)
+    buffer = io.BytesIO()
+    with mpl.rc_context({"svg.hashsalt": "report"}):  # equal curves give equal files
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    return buffer.getvalue()
+
+
+def _top_confusions(share: NDArray[np.floating], classes: Sequence[str]) -> bytes:
+    wrong = share.copy()
+    np.fill_diagonal(wrong, 0)
+    pairs = np.dstack(np.unravel_index(np.argsort(-wrong, axis=None, kind="stable")[:20], wrong.shape))[0]
+    return class_bars(
+        {f"{classes[true]} → {classes[predicted]}": float(wrong[true, predicted]) for true, predicted in pairs},
+        "% of the true class predicted as the other",
+    )
+
+
+def _quiet(axes: Axes) -> None:
+    """Axes that leave the eye to the data."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#b8bec9")
+    axes.grid(color="#b8bec9", alpha=0.4, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=INK, labelsize=8, length=0)
+    axes.xaxis.label.set(color=INK, fontsize=8)
+
+
+def _png(figure: Figure, dpi: int = 144) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi, facecolor="white")
+    return buffer.getvalue()
