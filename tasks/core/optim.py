@@ -137,8 +137,8 @@ def parameter_groups(
         )
         group["params"].append(parameter)
     if unused := sorted(set(multipliers) - used):
-        children = ", ".join(name for name, _ in model.named_children())
-        raise UserError(f"lr_multipliers: no parameter starts with {', '.join(unused)}; top-level names are {children}")
+        names = ", ".join(dict.fromkeys(name.partition(".")[0] for name, _ in model.named_parameters()))
+        raise UserError(f"lr_multipliers: no parameter starts with {', '.join(unused)}; parameters start with {names}")
     return list(groups.values())
 
 
@@ -157,12 +157,13 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
     extra: dict[str, Any] = {"betas": tuple(config.betas)} if config.betas is not None else {}
     if config.momentum is not None:
         extra["momentum"] = config.momentum
-    try:
-        return create_optimizer_v2(
-            groups, opt=config.optimizer, lr=config.lr, weight_decay=config.weight_decay, **extra
-        )
-    except (TypeError, ValueError, AssertionError) as error:
-        raise UserError(f"optimizer {config.optimizer!r} refused its settings {extra or ''}: {error}") from error
+    optimizer = create_optimizer_v2(
+        groups, opt=config.optimizer, lr=config.lr, weight_decay=config.weight_decay, **extra
+    )
+    # timm leaves out what an optimizer does not know; a setting without effect would go unnoticed.
+    if unknown := sorted(set(extra) - set(optimizer.defaults)):
+        raise UserError(f"{', '.join(unknown)}: optimizer {config.optimizer!r} has no such setting")
+    return optimizer
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, config: OptimConfig, total_steps: int) -> Scheduler:
