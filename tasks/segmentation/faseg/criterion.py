@@ -59,16 +59,13 @@ class SetCriterion(nn.Module):
     ) -> None:
         super().__init__()
         self.num_classes = num_classes
+        self.no_object_weight = no_object_weight
         self.num_points = num_points
         self.oversample_ratio = oversample_ratio
         self.importance_sample_ratio = importance_sample_ratio
         self.draw_points = draw_points
         self.weights = {"loss_ce": class_weight, "loss_mask": mask_weight, "loss_dice": dice_weight}
         self.matcher = HungarianMatcher(class_weight, mask_weight, dice_weight, num_points, draw_points)
-        class_weights = torch.ones(num_classes + 1)
-        class_weights[num_classes] = no_object_weight
-        self.class_weights: Tensor
-        self.register_buffer("class_weights", class_weights, persistent=False)
 
     def forward(self, outputs: dict[str, Any], segments: list[Segments]) -> dict[str, Tensor]:
         """Return the unweighted losses: `loss_ce`, `loss_mask`, `loss_dice`, and `loss_x_i` of auxiliary output i.
@@ -108,7 +105,9 @@ class SetCriterion(nn.Module):
         classes = torch.full(logits.shape[:2], self.num_classes, dtype=torch.long, device=logits.device)
         for image, (queries, targets) in enumerate(pairs):
             classes[image, queries] = labels[image][targets]
-        loss_ce = F.cross_entropy(logits.transpose(1, 2), classes, self.class_weights.to(logits.dtype))
+        class_weights = logits.new_ones(self.num_classes + 1)
+        class_weights[self.num_classes] = self.no_object_weight
+        loss_ce = F.cross_entropy(logits.transpose(1, 2), classes, class_weights)
 
         predicted = torch.cat([mask_logits[image, queries] for image, (queries, _) in enumerate(pairs)])  # (N, h, w)
         target = torch.cat([masks[image][targets] for image, (_, targets) in enumerate(pairs)])  # (N, H, W)

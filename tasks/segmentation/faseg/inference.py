@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.v2 import functional as image_ops
 
+from tasks.segmentation.transforms import resized_size
+
 MASK_STRIDE = 4
 
 Scores = Callable[[Tensor], Tensor]
@@ -116,15 +118,9 @@ def instance_inference(
         scores, queries, classes = scores[is_thing], queries[is_thing], classes[is_thing]
     masks = pred_masks[queries] > 0
     inside = (pred_masks[queries].sigmoid() * masks).flatten(1).sum(dim=1)
-    scores = scores * inside / (masks.flatten(1).sum(dim=1) + 1e-6)
+    scores = scores * inside / (masks.flatten(1).sum(dim=1).to(scores.dtype) + 1e-6)
     order = scores.argsort(descending=True)
     return Instances(scores[order], classes[order], masks[order])
-
-
-def shortest_edge_size(size: tuple[int, int], short_side: int, max_size: int) -> tuple[int, int]:
-    """Return (H, W) scaled to `short_side`, or less where the long side would exceed `max_size`; halves round up."""
-    scale = min(short_side / min(size), max_size / max(size))
-    return int(size[0] * scale + 0.5), int(size[1] * scale + 0.5)
 
 
 def multi_scale_scores(
@@ -141,7 +137,7 @@ def multi_scale_scores(
     """
     total: Tensor | None = None
     for short_side in short_sides:
-        size = shortest_edge_size((image.shape[-2], image.shape[-1]), short_side, max_size)
+        size = resized_size(image.shape[-2], image.shape[-1], short_side, max_size)
         resized = image_ops.resize(image, list(size), antialias=True)
         for mirrored in (False, True) if flip else (False,):
             view = scores(resized.flip(-1)).flip(-1) if mirrored else scores(resized)

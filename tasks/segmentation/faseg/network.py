@@ -3,15 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tasks.segmentation.faseg.pixel_decoder import PixelDecoder
 from tasks.segmentation.faseg.transformer_decoder import TransformerDecoder
+from tasks.segmentation.preprocess import Preprocess
 
-PIXEL_MEAN = (123.675, 116.28, 103.53)
-PIXEL_STD = (58.395, 57.12, 57.375)
 SIZE_DIVISOR = 32
 
 
@@ -44,6 +41,7 @@ class FASegNetwork(nn.Module):
     ) -> None:
         super().__init__()
         self.num_classes = num_classes
+        self.preprocess = Preprocess(SIZE_DIVISOR)
         self.backbone = backbone
         self.pixel_decoder = PixelDecoder(
             channels,
@@ -68,16 +66,6 @@ class FASegNetwork(nn.Module):
             dynamic_queries=dynamic_queries,
             high_resolution=high_resolution,
         )
-        self.pixel_mean: Tensor
-        self.pixel_std: Tensor
-        self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN)[:, None, None], persistent=False)
-        self.register_buffer("pixel_std", torch.tensor(PIXEL_STD)[:, None, None], persistent=False)
-
-    def preprocess(self, images: Tensor) -> Tensor:
-        """Normalise RGB images (B, 3, H, W) in 0..255, then zero-pad right and bottom to a multiple of 32."""
-        height, width = images.shape[-2:]
-        normalised = (images.to(self.pixel_mean.dtype) - self.pixel_mean) / self.pixel_std
-        return F.pad(normalised, (0, -width % SIZE_DIVISOR, 0, -height % SIZE_DIVISOR))
 
     def forward(self, images: Tensor) -> dict[str, Any]:
         """Predict from RGB images (B, 3, H, W), uint8 or floating point, in 0..255.

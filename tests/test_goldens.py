@@ -1,0 +1,86 @@
+"""Equality with the outputs of official implementations.
+
+Cases are `<family>/<case>.json` (tensors in a .safetensors file of the same stem) under tests/goldens and under every
+root listed in the environment variable FRUGAL_GOLDENS, separated by ':'; on equal names the last root wins. The module
+tests/golden_families/goldens_<family>.py computes them:
+
+    run_case(meta, tensors, path) -> dict   the value of every expected tensor by its name in `tensors`;
+                                            a case without tensors checks itself and returns {}
+    is_expected(name) -> bool               optional: which tensors are outputs; default: names starting with "out."
+"""
+
+import importlib
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+HERE = Path(__file__).parent
+MODULES = HERE / "golden_families"
+# Relative to the largest expected number; float32 files were rounded after a float64 computation.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-6}
+
+
+def find_cases(roots):
+    """Map `<family>/<case>` to the json file of the case."""
+    cases = {}
+    for root in roots:
+        if not root.is_dir():
+            raise FileNotFoundError(f"FRUGAL_GOLDENS: {root} is not a folder")
+        for path in sorted(root.glob("*/**/*.json")):
+            cases[str(path.relative_to(root).with_suffix(""))] = path
+    return dict(sorted(cases.items()))
+
+
+def golden_parameters():
+    roots = [HERE / "goldens", *(Path(r) for r in os.environ.get("FRUGAL_GOLDENS", "").split(":") if r)]
+    cases = find_cases([root for root in roots if root.is_dir() or root != HERE / "goldens"])
+    unsupported = sorted({name.split("/")[0] for name in cases if not module_of(name.split("/")[0]).exists()})
+    supported = [
+        pytest.param(name, path, id=name) for name, path in cases.items() if name.split("/")[0] not in unsupported
+    ]
+    reason = "no tests/golden_families/goldens_{}.py"
+    return supported + [
+        pytest.param(family, None, id=family, marks=pytest.mark.skip(reason=reason.format(family)))
+        for family in unsupported
+    ]
+
+
+def module_of(family):
+    return MODULES / f"goldens_{family}.py"
+
+
+def compare(name, actual, expected):
+    """Fail unless `actual` equals `expected`: integers exactly, floating point to TOLERANCE."""
+    assert tuple(actual.shape) == tuple(expected.shape), f"{name}: {tuple(actual.shape)} != {tuple(expected.shape)}"
+    if not expected.is_floating_point():
+        differing = int((actual.to(torch.int64) != expected.to(torch.int64)).sum())
+        assert differing == 0, f"{name}: {differing} of {expected.numel()} integers differ"
+        return
+    if expected.numel() == 0:
+        return
+    scale = expected.abs().max().double().clamp(min=1e-30)
+    error = float((actual.double() - expected.double()).abs().max() / scale)
+    assert error <= TOLERANCE[expected.dtype], f"{name}: relative error {error:.3g} > {TOLERANCE[expected.dtype]:.0e}"
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize(("name", "path"), golden_parameters())
+def test_golden(name, path):
+    if str(MODULES) not in sys.path:
+        sys.path.insert(0, str(MODULES))
+    module = importlib.import_module(f"goldens_{name.split('/')[0]}")
+    meta = json.loads(path.read_text())
+    tensor_file = path.with_suffix(".safetensors")
+    tensors = load_file(tensor_file) if tensor_file.exists() else {}
+    computed = module.run_case(meta, tensors, path)
+    is_expected = getattr(module, "is_expected", lambda key: key.startswith("out."))
+    expected = [key for key in tensors if is_expected(key)]
+    unknown = sorted(set(expected) - set(computed))
+    assert not unknown, f"{name}: nothing was computed for {unknown}"
+    for key in expected:
+        compare(key, computed[key].detach(), tensors[key])
