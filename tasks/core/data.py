@@ -190,6 +190,10 @@ class TaskDataModule(LightningDataModule):
         """Return the inputs to predict."""
         raise NotImplementedError
 
+    def check(self) -> bool:
+        """Read the whole data set, print what is in it and everything that is wrong; True if nothing is."""
+        raise NotImplementedError
+
     def train_dataloader(self) -> DataLoader[Any]:
         """Load training batches; a resumed run continues behind the last batch of its checkpoint."""
         dataset = self.train_dataset()
@@ -220,10 +224,11 @@ class TaskDataModule(LightningDataModule):
         if self.trainer is None:
             return {}
         loop = self.trainer.fit_loop
+        batch_progress: Any = loop.epoch_loop.batch_progress.current
         # `processed` counts a batch after its optimizer step and before the hooks that save checkpoints;
         # `ready` counts epochs from 1 when they begin.
         epoch = max(loop.epoch_progress.current.ready - 1, 0)
-        batches = loop.epoch_loop.batch_progress.current.processed
+        batches = batch_progress.processed
         if batches >= self.trainer.num_training_batches:
             epoch, batches = epoch + 1, 0
         return {"epoch": epoch, "batches": batches}

@@ -65,7 +65,7 @@ def textured_background(generator: np.random.Generator, height: int, width: int)
     field = colour + generator.normal(0, generator.uniform(5, 30), (cells, cells, 3))
     smooth = cv2.resize(field.astype(np.float32), (width, height), interpolation=cv2.INTER_CUBIC)
     grain = generator.standard_normal((height, width, 1), dtype=np.float32) * generator.uniform(2, 12)
-    return np.clip(smooth + grain, 0, 255)
+    return np.clip(smooth + grain, 0, 255).astype(np.float32)
 
 
 def cache_folder(name: str) -> Path:

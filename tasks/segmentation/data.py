@@ -1,185 +1,51 @@
-"""Datamodules for semantic segmentation; each docstring shows the layout on disk.
+"""The data sets of segmentation; each docstring shows the layout on disk.
 
 Every batch holds RGB uint8 images and train ids 0..K-1 with 255 for pixels to ignore.
 """
 
-import glob
+import colorsys
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import albumentations as A
 import numpy as np
 
-from tasks.core.data import DataError, TaskDataModule, missing_data_message
+from tasks.core.data import DataError
 from tasks.core.sample import cache_folder, write_folder_once
 from tasks.segmentation import sample
-from tasks.segmentation.dataset import (
-    IMAGE_SUFFIXES,
-    EvaluationDataset,
-    LabelTable,
-    Sample,
-    TrainDataset,
-    identity_labels,
-    list_samples,
-    stack_samples,
+from tasks.segmentation.datamodule import ADE20K_SHORT_SIDES, Palette, SegmentationDataModule
+from tasks.segmentation.reading import LabelTable, Listing
+from tasks.segmentation.transforms import IGNORE
+
+# Train id, name, value in *_labelIds.png, colour: the 19 evaluated classes of the Cityscapes label table.
+CITYSCAPES_CLASSES = (
+    ("road", 7, (128, 64, 128)),
+    ("sidewalk", 8, (244, 35, 232)),
+    ("building", 11, (70, 70, 70)),
+    ("wall", 12, (102, 102, 156)),
+    ("fence", 13, (190, 153, 153)),
+    ("pole", 17, (153, 153, 153)),
+    ("traffic light", 19, (250, 170, 30)),
+    ("traffic sign", 20, (220, 220, 0)),
+    ("vegetation", 21, (107, 142, 35)),
+    ("terrain", 22, (152, 251, 152)),
+    ("sky", 23, (70, 130, 180)),
+    ("person", 24, (220, 20, 60)),
+    ("rider", 25, (255, 0, 0)),
+    ("car", 26, (0, 0, 142)),
+    ("truck", 27, (0, 0, 70)),
+    ("bus", 28, (0, 60, 100)),
+    ("train", 31, (0, 80, 100)),
+    ("motorcycle", 32, (0, 0, 230)),
+    ("bicycle", 33, (119, 11, 32)),
 )
-from tasks.segmentation.transforms import IGNORE, SSDColorJitter, train_transforms
-
-ADE20K_SHORT_SIDES = (256, 307, 358, 409, 460, 512, 563, 614, 665, 716, 768, 819, 870, 921, 972, 1024)
 CITYSCAPES_SHORT_SIDES = tuple(2 * side for side in ADE20K_SHORT_SIDES)
-SAMPLE_COMMAND = "python -m tasks.segmentation fit -c configs/sample/faseg.yaml"
-Palette = Sequence[tuple[int, int, int]]
-
-
-class SegmentationDataModule(TaskDataModule):
-    """What the datamodules of this task share. The defaults are the recipe of Mask2Former and FASeg for ADE20K.
-
-    `train_short_sides` are the sizes of the shorter image side to draw from in training, `max_long_side` bounds the
-    longer; `crop_size` is (height, width). `test_short_side` and `test_max_long_side` are the same for evaluation.
-    `flip` mirrors half of the training images, `color_jitter` is that of SSD. `images` names what `predict` reads: a
-    folder, a file or a glob pattern; without it the validation images are predicted.
-    """
-
-    layout: ClassVar[str]
-    source: ClassVar[str]
-
-    def __init__(
-        self,
-        root: str,
-        images: str | None = None,
-        batch_size: int = 2,
-        eval_batch_size: int = 1,
-        num_workers: int = 4,
-        seed: int = 0,
-        pin_memory: bool = True,
-        train_short_sides: Sequence[int] = ADE20K_SHORT_SIDES,
-        max_long_side: int = 2048,
-        crop_size: tuple[int, int] = (512, 512),
-        test_short_side: int = 512,
-        test_max_long_side: int = 2048,
-        flip: bool = True,
-        color_jitter: bool = True,
-    ) -> None:
-        super().__init__(root, batch_size, eval_batch_size, num_workers, seed, pin_memory)
-        sizes = (*train_short_sides, max_long_side, *crop_size, test_short_side, test_max_long_side)
-        if not train_short_sides or min(sizes) < 1:
-            raise DataError(f"train_short_sides, crop_size and the other sizes are {sizes}; expected at least 1 pixel")
-        self.images = images
-        self.train_short_sides = train_short_sides
-        self.max_long_side = max_long_side
-        self.crop_size = crop_size
-        self.test_short_side = test_short_side
-        self.test_max_long_side = test_max_long_side
-        self.flip = flip
-        self.color_jitter = color_jitter
-
-    train_collate = staticmethod(stack_samples)
-    eval_collate = staticmethod(list_samples)
-
-    @property
-    def class_names(self) -> list[str]:
-        """Names of the K classes, by train id."""
-        raise NotImplementedError
-
-    @property
-    def palette(self) -> Palette:
-        """RGB colours of the K classes, by train id."""
-        raise NotImplementedError
-
-    @property
-    def labels(self) -> LabelTable:
-        """How the annotations' values become train ids."""
-        raise NotImplementedError
-
-    def scan(self, split: str) -> tuple[list[Sample], list[str]]:
-        """List the pairs of a split ("train", "val") in order, and what is wrong with its files."""
-        raise NotImplementedError
-
-    @property
-    def num_classes(self) -> int:
-        """Number of classes K."""
-        return len(self.class_names)
-
-    def to_official(self, label_map: np.ndarray) -> np.ndarray:
-        """Map (H, W) train ids to the values that the data set's own annotations and evaluation use."""
-        return label_map.astype(np.uint8)
-
-    def prediction_name(self, id: str) -> str:
-        """Return the file name, possibly below folders, under which the prediction of a sample is written."""
-        return f"{id}.png"
-
-    def color_transforms(self) -> list[A.BasicTransform]:
-        """Return the training transforms that change colours only."""
-        return [SSDColorJitter()] if self.color_jitter else []
-
-    def train_dataset(self) -> TrainDataset:
-        """Return the augmented training split."""
-        transform = train_transforms(
-            self.train_short_sides, self.max_long_side, self.crop_size, self.flip, self.color_transforms()
-        )
-        return TrainDataset(self.samples("train"), self.labels, transform, self.seed)
-
-    def val_dataset(self) -> EvaluationDataset:
-        """Return the validation split."""
-        return self._evaluation_dataset(self.samples("val"), self.labels)
-
-    def test_dataset(self) -> EvaluationDataset:
-        """Return the split with public annotations that results are reported on: the validation split."""
-        return self.val_dataset()
-
-    def predict_dataset(self) -> EvaluationDataset:
-        """Return the images named by `images`, or the validation images, without label maps."""
-        samples = self.samples("val") if self.images is None else find_images(self.images)
-        return self._evaluation_dataset(samples, None)
-
-    def setup(self, stage: str) -> None:
-        """Find the files of the splits that `stage` needs; raises `DataError` before any training if some lack."""
-        for split in {"fit": ("train", "val"), "validate": ("val",), "test": ("val",)}.get(stage, ()):
-            self.samples(split)
-
-    def samples(self, split: str) -> list[Sample]:
-        """Return the samples of a split ("train", "val"); raises `DataError` if the data set is missing or malformed."""
-        if split not in self._samples:
-            found, problems = self.scan(split)
-            if problems:
-                more = f" (and {len(problems) - 1} more problems in {self.root})" if len(problems) > 1 else ""
-                raise DataError(problems[0] + more)
-            self._samples[split] = found
-        return self._samples[split]
-
-    @cached_property
-    def _samples(self) -> dict[str, list[Sample]]:
-        return {}
-
-    def _evaluation_dataset(self, samples: Sequence[Sample], labels: LabelTable | None) -> EvaluationDataset:
-        return EvaluationDataset(samples, labels, self.test_short_side, self.test_max_long_side)
-
-    def _missing(self, what: str) -> str:
-        return missing_data_message(what, self.layout, self.source, SAMPLE_COMMAND)
-
-    def _pairs(self, split: str, images: Path, masks: Path, image_end: str = "", mask_end: str = ".png") -> tuple:
-        """Pair `images/**/<id><image_end>.<suffix>` with `masks/**/<id><mask_end>`."""
-        for folder in (images, masks):
-            if not folder.is_dir():
-                return [], [self._missing(f"{folder}: folder not found")]
-        found, problems, seen = [], [], set()
-        for path in list_images(images):
-            id = path.relative_to(images).with_suffix("").as_posix().removesuffix(image_end)
-            mask = masks / f"{id}{mask_end}"
-            if id in seen:
-                problems.append(f"{path}: a second image named {id}; expected unique names")
-            elif not mask.is_file():
-                problems.append(f"{path}: has no label map; expected {mask}")
-            else:
-                found.append(Sample(path, mask, id))
-            seen.add(id)
-        if not found and not problems:
-            problems.append(self._missing(f"{images}: holds no images"))
-        return found, problems
+VAL_FRACTION = 0.1
 
 
 class ADE20K(SegmentationDataModule):
@@ -187,19 +53,18 @@ class ADE20K(SegmentationDataModule):
 
     Annotations hold 1..150, and 0 for other pixels, which are ignored::
 
-        root/
-            images/training/ADE_train_00000001.jpg
-            images/validation/ADE_val_00000001.jpg
-            annotations/training/ADE_train_00000001.png
-            annotations/validation/ADE_val_00000001.png
+        root/images/training/ADE_train_00000001.jpg
+        root/images/validation/ADE_val_00000001.jpg
+        root/annotations/training/ADE_train_00000001.png
+        root/annotations/validation/ADE_val_00000001.png
     """
 
     layout = """
-{root}/images/training/ADE_train_00000001.jpg
-{root}/images/validation/ADE_val_00000001.jpg
-{root}/annotations/training/ADE_train_00000001.png
-{root}/annotations/validation/ADE_val_00000001.png"""
-    source = "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip (root is its top folder)"
+root/images/training/ADE_train_00000001.jpg
+root/images/validation/ADE_val_00000001.jpg
+root/annotations/training/ADE_train_00000001.png
+root/annotations/validation/ADE_val_00000001.png"""
+    source = "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip (root is the folder inside it)"
 
     @cached_property
     def _classes(self) -> dict[str, Any]:
@@ -212,7 +77,7 @@ class ADE20K(SegmentationDataModule):
 
     @property
     def palette(self) -> Palette:
-        """RGB colours of the classes, by train id."""
+        """RGB colours of the classes, by train id: those of MIT's scene parsing benchmark."""
         return [tuple(colour) for colour in self._classes["palette"]]
 
     @property
@@ -221,21 +86,20 @@ class ADE20K(SegmentationDataModule):
         pairs = {0: IGNORE} | {train_id + 1: train_id for train_id in range(self.num_classes)}
         return LabelTable.from_pairs(pairs, f"1 to {self.num_classes}, or 0 for other pixels")
 
-    def scan(self, split: str) -> tuple[list[Sample], list[str]]:
-        """List the pairs of a split ("train", "val") in order, and what is wrong with its files."""
+    def scan(self, split: str) -> Listing:
+        """List the files of "train" or "val"; their contents are not read."""
         folder = {"train": "training", "val": "validation"}[split]
-        root = Path(self.root)
-        return self._pairs(split, root / "images" / folder, root / "annotations" / folder)
+        return self._pairs(Path(self.root, "images", folder), Path(self.root, "annotations", folder))
 
     def to_official(self, label_map: np.ndarray) -> np.ndarray:
-        """Map (H, W) train ids to 1..150."""
+        """Map (H, W) train ids to 1..K."""
         return (label_map + 1).astype(np.uint8)
 
 
 class DigitScenes(ADE20K):
     """The sample data set: scenes of real handwritten digits in the layout of ADE20K, with 11 classes.
 
-    It is written to `root` when that folder does not exist; by default a folder in the user's cache.
+    It is written to `root` if that folder does not exist; by default to a folder in the user's cache.
     """
 
     def __init__(
@@ -244,25 +108,20 @@ class DigitScenes(ADE20K):
         batch_size: int = 16,
         num_workers: int = 2,
         train_short_sides: Sequence[int] = (56, 64, 72, 80),
-        max_long_side: int = 256,
         crop_size: tuple[int, int] = (64, 64),
         test_short_side: int = 64,
-        test_max_long_side: int = 256,
         flip: bool = False,
         num_train: int = 6000,
         num_val: int = 200,
         **kwargs: Any,
     ) -> None:
-        name = f"segmentation-v1-{num_train}-{num_val}"
         super().__init__(
-            root=str(cache_folder(name)) if root is None else root,
+            root=root or str(cache_folder(f"segmentation-v1-{num_train}-{num_val}")),
             batch_size=batch_size,
             num_workers=num_workers,
             train_short_sides=train_short_sides,
-            max_long_side=max_long_side,
             crop_size=crop_size,
             test_short_side=test_short_side,
-            test_max_long_side=test_max_long_side,
             flip=flip,
             **kwargs,
         )
@@ -285,32 +144,176 @@ class DigitScenes(ADE20K):
 
     def prepare_data(self) -> None:
         """Write the sample unless it is there already."""
-        write_folder_once(
-            Path(self.root), lambda folder: sample.write_sample(folder, num_train=self.num_train, num_val=self.num_val)
+        write_folder_once(Path(self.root), lambda folder: sample.write_sample(folder, self.num_train, self.num_val))
+
+
+class Cityscapes(SegmentationDataModule):
+    """Cityscapes, fine annotations: 19 classes, 2,975 training and 500 validation images of 2048 x 1024 pixels.
+
+    `*_labelTrainIds.png` (0..18, 255) is read where the data set has it, else `*_labelIds.png` (0..33)::
+
+        root/leftImg8bit/train/aachen/aachen_000000_000019_leftImg8bit.png
+        root/leftImg8bit/val/frankfurt/frankfurt_000000_000294_leftImg8bit.png
+        root/gtFine/train/aachen/aachen_000000_000019_gtFine_labelTrainIds.png
+        root/gtFine/val/frankfurt/frankfurt_000000_000294_gtFine_labelTrainIds.png
+    """
+
+    layout = """
+root/leftImg8bit/train/aachen/aachen_000000_000019_leftImg8bit.png
+root/leftImg8bit/val/frankfurt/frankfurt_000000_000294_leftImg8bit.png
+root/gtFine/train/aachen/aachen_000000_000019_gtFine_labelTrainIds.png (or _labelIds.png)
+root/gtFine/val/frankfurt/frankfurt_000000_000294_gtFine_labelTrainIds.png (or _labelIds.png)"""
+    source = "https://www.cityscapes-dataset.com: leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip"
+
+    def __init__(
+        self,
+        root: str,
+        train_short_sides: Sequence[int] = CITYSCAPES_SHORT_SIDES,
+        max_long_side: int = 4096,
+        crop_size: tuple[int, int] = (512, 1024),
+        test_short_side: int = 1024,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            root=root,
+            train_short_sides=train_short_sides,
+            max_long_side=max_long_side,
+            crop_size=crop_size,
+            test_short_side=test_short_side,
+            **kwargs,
         )
 
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes, by train id."""
+        return [name for name, _, _ in CITYSCAPES_CLASSES]
 
-def list_images(folder: Path) -> list[Path]:
-    """Return the image files below a folder, sorted by path."""
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    @property
+    def palette(self) -> Palette:
+        """RGB colours of the classes, by train id."""
+        return [colour for _, _, colour in CITYSCAPES_CLASSES]
+
+    @cached_property
+    def _annotation(self) -> str:
+        has_train_ids = any(Path(self.root, "gtFine").glob("*/*/*_gtFine_labelTrainIds.png"))
+        return "labelTrainIds" if has_train_ids else "labelIds"
+
+    @property
+    def labels(self) -> LabelTable:
+        """Train ids as they are, or label ids 0..33 of which 19 are evaluated and the others ignored."""
+        if self._annotation == "labelTrainIds":
+            return LabelTable.train_ids(self.num_classes)
+        pairs = dict.fromkeys(range(34), IGNORE)
+        pairs |= {label_id: train_id for train_id, (_, label_id, _) in enumerate(CITYSCAPES_CLASSES)}
+        return LabelTable.from_pairs(pairs, "label ids 0 to 33")
+
+    def scan(self, split: str) -> Listing:
+        """List the files of "train" or "val"; their contents are not read."""
+        images, masks = Path(self.root, "leftImg8bit", split), Path(self.root, "gtFine", split)
+        return self._pairs(images, masks, "_leftImg8bit", f"_gtFine_{self._annotation}.png")
+
+    def to_official(self, label_map: np.ndarray) -> np.ndarray:
+        """Map (H, W) train ids to label ids, which the evaluation server expects."""
+        return np.array([label_id for _, label_id, _ in CITYSCAPES_CLASSES], dtype=np.uint8)[label_map]
+
+    def prediction_name(self, id: str) -> str:
+        """Return `<city>_<sequence>_<frame>_pred.png`, without the city's folder."""
+        return f"{Path(id).name.removesuffix('_leftImg8bit')}_pred.png"
 
 
-def find_images(images: str) -> list[Sample]:
-    """Return the images named by a folder, a file or a glob pattern; raises `DataError` if there are none."""
-    path = Path(images)
-    if path.is_dir():
-        base, paths = path, list_images(path)
-    elif path.is_file():
-        base, paths = path.parent, [path]
-    else:
-        paths = sorted(Path(match) for match in glob.glob(images, recursive=True) if Path(match).is_file())
-        base = Path(glob.escape("")) if not paths else paths[0].parent
-    if not paths:
-        raise DataError(f"images is {images!r}: no image found; expected a folder, a file or a glob pattern")
-    return [Sample(path, None, path.relative_to(base).with_suffix("").as_posix()) for path in paths]
+class SegmentationFolder(SegmentationDataModule):
+    """Your own data: images of any common format, and label maps as single-channel PNG (grey or palette).
+
+    A label map has the name of its image and holds the line number in `classes.txt`, counted from 0, or 255 for
+    pixels to ignore. `classes.txt` has one class per line, optionally with its colour: `road #804080`::
+
+        root/classes.txt
+        root/images/train/a.jpg      root/masks/train/a.png
+        root/images/val/b.jpg        root/masks/val/b.png
+        root/images/test/c.jpg       root/masks/test/c.png     (optional; else `test` evaluates the val split)
+
+    Without these split folders (`root/images/a.jpg`, `root/masks/a.png`) a tenth of the images, chosen by a hash of
+    their names, is for validation: the same images on every machine, and mostly the same after adding some.
+    """
+
+    layout = """
+root/classes.txt             one class per line
+root/images/train/a.jpg      root/masks/train/a.png
+root/images/val/b.jpg        root/masks/val/b.png
+(or, to have a tenth chosen for validation: root/images/a.jpg, root/masks/a.png)"""
+    source = "your own data"
+
+    @cached_property
+    def _classes(self) -> tuple[list[str], Palette]:
+        path = Path(self.root, "classes.txt")
+        if not path.is_file():
+            raise DataError(self._missing(f"{path}: file not found."))
+        return read_classes(path)
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes, by train id."""
+        return self._classes[0]
+
+    @property
+    def palette(self) -> Palette:
+        """RGB colours of the classes, by train id."""
+        return self._classes[1]
+
+    @property
+    def labels(self) -> LabelTable:
+        """Train ids as they are."""
+        return LabelTable.train_ids(self.num_classes)
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Names of the annotated splits."""
+        return ("train", "val", "test") if Path(self.root, "images", "test").is_dir() else ("train", "val")
+
+    def scan(self, split: str) -> Listing:
+        """List the files of a split; their contents are not read."""
+        images, masks = Path(self.root, "images"), Path(self.root, "masks")
+        if any((images / name).is_dir() for name in ("train", "val", "test")):
+            return self._pairs(images / split, masks / split)
+        listing = self._pairs(images, masks)
+        if len(listing.samples) == 1 and not listing.problems:
+            listing.problems.append(f"{images}: holds one image; expected at least two, one of them for validation")
+        held_out = fraction_by_name([sample.id for sample in listing.samples], VAL_FRACTION)
+        chosen = [sample for sample in listing.samples if (sample.id in held_out) == (split == "val")]
+        return Listing(chosen, listing.problems, listing.notes)
+
+
+def read_classes(path: Path) -> tuple[list[str], Palette]:
+    """Read class names and colours from lines like `road` or `road #804080`; missing colours are chosen."""
+    names: list[str] = []
+    palette: list[tuple[int, int, int]] = []
+    for line in path.read_text(encoding="utf-8-sig").splitlines():
+        if not line.strip():
+            continue
+        match = re.fullmatch(r"(.*?)(?:\s+#([0-9a-fA-F]{6}))?", line.strip())
+        assert match is not None  # the pattern matches any line
+        name, colour = match.groups()
+        if name in names:
+            raise DataError(f"{path}: class {name!r} twice; expected different names")
+        palette.append(_hex_colour(colour) if colour else _distinct_colour(len(names)))
+        names.append(name)
+    if not 1 <= len(names) <= IGNORE:
+        raise DataError(f"{path}: {len(names)} classes; expected 1 to {IGNORE}, one name per line")
+    return names, palette
+
+
+def _hex_colour(digits: str) -> tuple[int, int, int]:
+    red, green, blue = bytes.fromhex(digits)
+    return red, green, blue
+
+
+def _distinct_colour(index: int) -> tuple[int, int, int]:
+    # Steps of the golden ratio keep any number of hues apart.
+    red, green, blue = colorsys.hsv_to_rgb(index * 0.618034 % 1, 0.75 if index % 2 else 0.55, 0.9)
+    return round(255 * red), round(255 * green), round(255 * blue)
 
 
 def fraction_by_name(ids: Sequence[str], fraction: float) -> set[str]:
-    """Choose a fixed share of names (at least one) by their hashes, so that adding files moves few others."""
-    ranked = sorted(ids, key=lambda id: hashlib.md5(id.encode()).hexdigest())
+    """Choose a fixed share of names, at least one, by their hashes: adding names moves few of the others."""
+    ranked = sorted(ids, key=lambda id: hashlib.sha256(id.encode()).hexdigest())
     return set(ranked[: max(1, round(fraction * len(ids)))])

@@ -42,7 +42,7 @@ def write_sample(
         images, annotations = root / "images" / folder, root / "annotations" / folder
         images.mkdir(parents=True, exist_ok=True)
         annotations.mkdir(parents=True, exist_ok=True)
-        digits, labels = digit_images(split)  # type: ignore[arg-type]
+        digits, labels = digit_images(split)
         for number in track(range(1, count + 1), description=f"Writing sample scenes ({folder})", transient=True):
             generator = np.random.default_rng((seed, split == "val", number))
             image, annotation = draw_scene(generator, digits, labels, image_size)
@@ -66,7 +66,7 @@ def draw_scene(
         coverage = average_blocks(ink > INK, 3)  # (side, side), share of each pixel inside the digit
         top, left = (int(v) for v in generator.integers(0, size - side + 1, 2))
         _paste(generator, image, annotation, coverage, int(labels[choice]) + 1, (top, left))
-    return image.round().astype(np.uint8), annotation
+    return image.round().clip(0, 255).astype(np.uint8), annotation
 
 
 def _paste(
@@ -83,14 +83,13 @@ def _paste(
     window = (slice(top, top + side), slice(left, left + side))
     inside = coverage >= 0.75
     covered = annotation[window][inside]
-    if np.mean((covered != BACKGROUND) & (covered != 0)) > 0.1:
+    if np.count_nonzero((covered != BACKGROUND) & (covered != 0)) > 0.1 * covered.size:
         return
-    under = image[window].mean(axis=(0, 1))
+    under = np.array(cv2.mean(image[window])[:3])
     colour = generator.uniform(0, 255, 3)
     while np.abs(colour - under).max() < 70:
         colour = generator.uniform(0, 255, 3)
-    paint = colour + generator.normal(0, 6, (side, side, 1))
-    alpha = coverage[..., None]
-    image[window] = np.clip(alpha * paint + (1 - alpha) * image[window], 0, 255)
+    grain = 6 * generator.standard_normal((side, side, 1), dtype=np.float32)
+    image[window] += coverage[..., None] * (colour.astype(np.float32) + grain - image[window])
     annotation[window][(coverage > 0.25) & ~inside] = 0
     annotation[window][inside] = value
