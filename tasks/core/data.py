@@ -6,6 +6,7 @@ the same for any number of workers and after resuming in mid-epoch, and no two w
 """
 
 import random
+import warnings
 from collections.abc import Callable, Iterator, Sized
 from typing import Any, Protocol, cast
 
@@ -236,6 +237,8 @@ class TaskDataModule(LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue at the position that `state_dict` saved."""
         self._resume = dict(state_dict)
+        # Lightning looks for this state in the loader and warns when it is not there.
+        warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
 
     def _evaluation_loader(self, dataset: Dataset[Any]) -> DataLoader[Any]:
         sampler = EvaluationSampler(len(cast(Sized, dataset)))
