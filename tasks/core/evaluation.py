@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,32 +50,29 @@ class Extremes:
 
     def __init__(self, k: int) -> None:
         self.k = k
-        self._best: list[Sample] = []
-        self._worst: list[Sample] = []
+        self._kept: list[Sample] = []  # best first; the k best and k worst so far
 
     def add(self, id: str, score: float, payload: Callable[[], Any]) -> None:
         """Consider one sample; `payload` is called only if it is kept, and should return small arrays."""
         score = float(score)
-        if math.isnan(score) or any(sample.id == id for sample in [*self._best, *self._worst]):
+        if math.isnan(score) or any(sample.id == id for sample in self._kept):
             return
-        candidate = Sample(id, score, payload)
-        best = _first([*self._best, candidate], self.k, _descending)
-        worst = _first([*self._worst, candidate], self.k, _ascending)
-        if any(sample is candidate for sample in [*best, *worst]):
-            kept = Sample(id, score, payload())
-            self._best = [kept if sample is candidate else sample for sample in best]
-            self._worst = [kept if sample is candidate else sample for sample in worst]
+        place = bisect.bisect(self._kept, _rank(Sample(id, score, None)), key=_rank)
+        if len(self._kept) == 2 * self.k:
+            if place == self.k:  # between the best and the worst
+                return
+            del self._kept[self.k - 1 if place < self.k else self.k]
+            place -= place > self.k
+        self._kept.insert(place, Sample(id, score, payload()))
 
     def gather(self) -> tuple[list[Sample], list[Sample]]:
         """The best (best first) and worst samples (worst first) of all processes; every process must call it.
 
         No sample is in both lists: with fewer than 2k samples the best are chosen first.
         """
-        samples = {s.id: s for part in all_gather([*self._best, *self._worst]) for s in part}
-        best = _first(samples.values(), self.k, _descending)
-        chosen = {sample.id for sample in best}
-        worst = _first((s for s in samples.values() if s.id not in chosen), self.k, _ascending)
-        return best, worst
+        samples = {sample.id: sample for part in all_gather(self._kept) for sample in part}
+        ranked = sorted(samples.values(), key=_rank)
+        return ranked[: self.k], ranked[self.k :][::-1][: self.k]
 
 
 def all_gather(value: Any) -> list[Any]:
@@ -86,16 +84,8 @@ def all_gather(value: Any) -> list[Any]:
     return parts
 
 
-def _first(samples: Iterable[Sample], k: int, order: Callable[[Sample], tuple[float, str]]) -> list[Sample]:
-    return sorted(samples, key=order)[:k]
-
-
-def _descending(sample: Sample) -> tuple[float, str]:
+def _rank(sample: Sample) -> tuple[float, str]:
     return -sample.score, sample.id
-
-
-def _ascending(sample: Sample) -> tuple[float, str]:
-    return sample.score, sample.id
 
 
 def _equal(a: Any, b: Any) -> bool:

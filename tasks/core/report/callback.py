@@ -107,7 +107,7 @@ class ReportCallback(Callback):
             notes.append(f"Weights: {Path(trainer.ckpt_path).name}.")
         elif stage == TrainerFn.FITTING:
             notes.append("Metrics are those of the last weights, after the last step of the training.")
-        datamodule = getattr(trainer, "datamodule", None)
+        datamodule: Any = getattr(trainer, "datamodule", None)
         parts = _attempt("Tables and pictures", notes, lambda: module.report_parts(datamodule), ReportParts())
         cost = _attempt("Cost", notes, lambda: self._cost(trainer, module), Cost())
         name = " · ".join(part for part in (type(module).__name__, self.config) if part)

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import EngFormatter, MaxNLocator
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -21,7 +21,8 @@ COLOURS = ("#2f6fb5", "#d9822b", "#3f9b5f", "#b5477f", "#7a5fc0", "#8a8f98")
 MAX_LINES = len(COLOURS)
 MAX_BARS = 40
 MAX_CLASSES_IN_MATRIX = 30
-MAX_LEGEND = 10
+MAX_LEGEND = 11
+PANEL_WIDTH = 3.2  # inches
 
 
 def curve_panels(curves: Mapping[str, Curve]) -> list[tuple[str, bytes]]:
@@ -43,7 +44,7 @@ def class_bars(values: Mapping[str, float], label: str) -> bytes:
     if len(ranked) > MAX_BARS:
         half = MAX_BARS // 2
         ranked = [*ranked[:half], (f"… {len(ranked) - MAX_BARS} more …", float("nan")), *ranked[-half:]]
-    figure = Figure(figsize=(7, 0.5 + 0.22 * len(ranked)), layout="constrained")
+    figure = Figure(figsize=(6.6, 0.6 + 0.19 * len(ranked)), layout="constrained")
     axes = figure.add_subplot()
     numbers = [value for _, value in ranked]
     bars = axes.barh([name for name, _ in ranked], numbers, color=COLOURS[0], height=0.72)
@@ -62,20 +63,21 @@ def confusion_matrix(counts: NDArray[np.integer], classes: Sequence[str]) -> byt
     share = 100 * counts / np.maximum(total, 1)
     if len(classes) > MAX_CLASSES_IN_MATRIX:
         return _top_confusions(share, classes)
-    size = 2.5 + 0.3 * len(classes)
+    size = 1.6 + 0.27 * len(classes)
     figure = Figure(figsize=(size + 0.6, size), layout="constrained")
     axes = figure.add_subplot()
     image = axes.imshow(share, cmap="Blues", vmin=0, vmax=100)
     axes.set_xticks(range(len(classes)), classes, rotation=90)
     axes.set_yticks(range(len(classes)), classes)
-    axes.set_xlabel("predicted")
-    axes.set_ylabel("true")
-    axes.tick_params(length=0, labelsize=8, colors=INK)
+    axes.set_xlabel("predicted", fontsize=8, color=INK)
+    axes.set_ylabel("true", fontsize=8, color=INK)
+    axes.tick_params(length=0, labelsize=7, colors=INK)
     axes.spines[:].set_visible(False)
     for row, column in np.argwhere(share >= 0.5):
         ink = "white" if share[row, column] > 55 else INK
-        axes.text(column, row, f"{share[row, column]:.0f}", ha="center", va="center", fontsize=6.5, color=ink)
-    bar = figure.colorbar(image, ax=axes, shrink=0.7, pad=0.02, label="% of the true class")
+        axes.text(column, row, f"{share[row, column]:.0f}", ha="center", va="center", fontsize=6, color=ink)
+    bar = figure.colorbar(image, ax=axes, shrink=0.7, aspect=30, pad=0.02)
+    bar.set_label("% of the true class", fontsize=7, color=INK)
     bar.outline.set_visible(False)
     bar.ax.tick_params(length=0, labelsize=7, colors=INK)
     return _png(figure)
@@ -122,26 +124,43 @@ def side_by_side(
 
     Pixels that the ground truth ignores are left out of the legend.
     """
-    height, width = image.shape[:2]
-    panel = 3.2
-    figure = Figure(figsize=(3 * panel, panel * height / width + 0.75), layout="constrained")
-    panels = {
-        "image": image,
-        "ground truth": overlay(image, truth, palette, ignore),
-        "prediction": overlay(image, prediction, palette, ignore),
-    }
-    for axes, (title, pixels) in zip(figure.subplots(1, 3), panels.items(), strict=True):
-        axes.imshow(pixels)
-        axes.set_title(title, fontsize=9, color=INK, pad=4)
-        axes.set_axis_off()
     scored = truth != ignore
     area = np.bincount(np.concatenate([truth[scored], prediction[scored]]), minlength=len(classes))[: len(classes)]
     present = [index for index in np.argsort(-area, kind="stable") if area[index]]
-    handles = [Patch(facecolor=palette[index] / 255, label=classes[index]) for index in present[:MAX_LEGEND]]
+    handles = [Patch(facecolor=palette[index] / 255, label=classes[index][:24]) for index in present[:MAX_LEGEND]]
     if len(present) > MAX_LEGEND:
         handles.append(Patch(facecolor="none", label=f"+ {len(present) - MAX_LEGEND} more"))
-    if handles:
-        figure.legend(handles=handles, loc="outside lower center", ncols=6, frameon=False, fontsize=8, labelcolor=INK)
+    columns = 6
+    legend_height = 0.1 + 0.19 * -(-len(handles) // columns)  # inches
+    height, width = image.shape[:2]
+    panel_height = PANEL_WIDTH * height / width
+    figure = Figure(figsize=(3 * PANEL_WIDTH, panel_height + 0.27 + legend_height))
+    total = figure.get_figheight()
+    for column, (title, pixels) in enumerate(
+        {
+            "image": image,
+            "ground truth": overlay(image, truth, palette, ignore),
+            "prediction": overlay(image, prediction, palette, ignore),
+        }.items()
+    ):
+        axes = figure.add_axes((column / 3 + 0.002, legend_height / total, 1 / 3 - 0.004, panel_height / total))
+        axes.imshow(pixels)
+        axes.set_title(title, fontsize=8.5, color=INK, pad=4)
+        axes.set_axis_off()
+    figure.legend(
+        handles=handles,
+        loc="lower center",
+        ncols=columns,
+        frameon=False,
+        fontsize=7.5,
+        labelcolor=INK,
+        handlelength=1,
+        handleheight=0.8,
+        handletextpad=0.5,
+        columnspacing=1.6,
+        borderpad=0.2,
+        borderaxespad=0,
+    )
     return _png(figure, dpi=110)
 
 
@@ -159,12 +178,15 @@ def _curve_panel(curves: Mapping[str, Curve]) -> bytes:
         lines.setdefault(tuple(points), name)  # parameter groups often share one learning rate
     figure = Figure(figsize=(5.2, 2.9), layout="constrained")
     axes = figure.add_subplot()
-    for colour, (points, name) in zip(COLOURS, lines.items(), strict=False):
-        steps, values = zip(*points, strict=True)
-        marker = "o" if len(points) <= 40 else None
+    for colour, (line, name) in zip(COLOURS, lines.items(), strict=False):
+        steps, values = zip(*line, strict=True)
+        marker = "o" if len(line) <= 40 else None
         axes.plot(steps, values, color=colour, linewidth=1.5, marker=marker, markersize=3, label=name)
     axes.set_xlabel("step")
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.ticklabel_format(axis="y", scilimits=(-2, 5))
+    axes.yaxis.get_offset_text().set(color=INK, fontsize=7)
     _quiet(axes)
     title = f"{MAX_LINES} of {len(lines)}, all in report.json" if len(lines) > MAX_LINES else None
     axes.legend(frameon=False, fontsize=8, labelcolor=INK, title=title, title_fontsize=7)
@@ -194,7 +216,7 @@ def _quiet(axes: Axes) -> None:
     axes.xaxis.label.set(color=INK, fontsize=8)
 
 
-def _png(figure: Figure, dpi: int = 144) -> bytes:
+def _png(figure: Figure, dpi: int = 132) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi, facecolor="white")
     return buffer.getvalue()

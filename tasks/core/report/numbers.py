@@ -39,9 +39,9 @@ def format_number(value: Any) -> str:
 
 
 def _decimals(values: Sequence[float]) -> int:
-    """About four significant digits of the largest value."""
+    """Two for percentages, four for fractions and losses."""
     largest = max((abs(value) for value in values), default=0.0)
-    return next((decimals for limit, decimals in ((1000, 0), (100, 1), (10, 2), (1, 3)) if largest >= limit), 4)
+    return next((decimals for limit, decimals in ((10_000, 0), (10, 2)) if largest >= limit), 4)
 
 
 def _format(value: Any, decimals: int) -> str:

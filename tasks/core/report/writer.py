@@ -18,7 +18,7 @@ from tasks.core.report.figures import curve_panels
 from tasks.core.report.numbers import format_column, format_number, is_number, plain
 
 COST = {"params": "Parameters", "macs": "MACs", "step_time_ms": "Step time", "peak_memory_mb": "Peak memory"}
-UNITS = {"step_time_ms": " ms", "peak_memory_mb": " MB"}
+UNITS = {"step_time_ms": "\N{NO-BREAK SPACE}ms", "peak_memory_mb": "\N{NO-BREAK SPACE}MB"}
 COST_KINDS = {"macs": "macs_kind", "step_time_ms": "step_time_kind", "peak_memory_mb": "peak_memory_kind"}
 
 
@@ -122,7 +122,7 @@ def _cost_table(report: Report) -> Table:
         (label, _amount(key, report.cost.get(key)), report.cost.get(COST_KINDS.get(key, "")) or "")
         for key, label in COST.items()
     ]
-    return Table("Cost", ["what", "value", "how it was measured"], rows)
+    return Table("Cost", ["what", "value", "measured as"], rows)
 
 
 def _tiles(report: Report) -> list[tuple[str, str]]:
@@ -136,7 +136,7 @@ def _amount(key: str, value: Any) -> str:
         return "–"
     for factor, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if key in ("params", "macs") and value >= factor:
-            return f"{value / factor:,.2f} {prefix}"
+            return f"{value / factor:,.2f}\N{NO-BREAK SPACE}{prefix}"
     return format_number(value) + UNITS.get(key, "")
 
 
