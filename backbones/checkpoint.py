@@ -1,0 +1,300 @@
+"""Read weight files of any origin without running what is inside, and load what fits into a model."""
+
+import argparse
+import io
+import math
+import pickle
+import re
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
+from torch import Tensor, nn
+
+from backbones.keys import BACKBONE_TABLES, Table
+
+# Where training programs keep the weights; averaged weights first, as timm does.
+CONTAINER_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model", "module")
+TORCH_LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+FORMATS = ".safetensors, .pth, .ckpt or .pkl"
+
+
+class CheckpointError(RuntimeError):
+    """A weight file that cannot be read, is refused, or does not fit the model: one line naming the file."""
+
+
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """Read the tensors of a weight file, on the CPU, by their names in it.
+
+    Reads safetensors, torch files (bare, ``{"model": ...}`` of detectron2, DeiT or timm, Lightning's
+    ``{"state_dict": ...}``; an average of the weights is preferred where there is one) and detectron2's pickles of
+    numpy arrays. ``module.`` of data-parallel training and ``_orig_mod.`` of torch.compile are stripped. Only tensors
+    and plain values are ever constructed. Raises CheckpointError for a file that is missing, damaged, something else,
+    or that asks to run code.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder; a weight file ({FORMATS}) was expected")
+    try:
+        with path.open("rb") as file:
+            head = file.read(64)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such weight file") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    content: Any
+    if head[8:9] == b"{":
+        content = _guarded(path, lambda: load_file(path))
+    elif head.startswith((b"PK", TORCH_LEGACY_MAGIC)):
+        content = _guarded(path, lambda: _load_torch(path))
+    elif head.startswith(b"\x80"):
+        content = _guarded(path, lambda: _load_pickle(path))
+    else:
+        raise CheckpointError(f"{path} is not a weight file ({FORMATS}): it starts with {head[:16]!r}")
+    return _strip_wrappers(_tensors(path, content))
+
+
+def rename(state_dict: Mapping[str, Tensor], table: Table) -> dict[str, Tensor]:
+    """Rename keys by the rows (pattern, replacement) of `table`, applied in order; a replacement of None drops the key.
+
+    Raises CheckpointError when two keys get the same name.
+    """
+    renamed: dict[str, Tensor] = {}
+    origin: dict[str, str] = {}
+    for key, tensor in state_dict.items():
+        new = _renamed_key(key, table)
+        if new is None:
+            continue
+        if new in renamed:
+            raise CheckpointError(f"keys {origin[new]} and {key} are both renamed to {new}")
+        renamed[new], origin[new] = tensor, key
+    return renamed
+
+
+def _renamed_key(key: str, table: Table) -> str | None:
+    for pattern, replacement in table:
+        if re.search(pattern, key):
+            if replacement is None:
+                return None
+            key = re.sub(pattern, replacement, key)
+    return key
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What happened to each tensor when `path` was loaded; names are the model's, `unexpected` ones the renamed file's.
+
+    `layout` names the key table that fitted. `mismatched` maps a name to the shapes in the file and in the model; these
+    tensors, like the `missing` ones, keep their initial values.
+    """
+
+    path: Path
+    layout: str
+    loaded: list[str]
+    missing: list[str]
+    unexpected: list[str]
+    mismatched: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
+
+    def __str__(self) -> str:
+        """A table of counts and first names."""
+        shapes = [f"{name} {file} → {model}" for name, (file, model) in self.mismatched.items()]
+        rows = [("missing", self.missing), ("unexpected", self.unexpected), ("other shape", shapes)]
+        lines = [f"{self.path} ({self.layout})", f"  {'loaded':<12}{len(self.loaded):>6}"]
+        lines += [f"  {what:<12}{len(names):>6}  {first_names(names)}".rstrip() for what, names in rows]
+        return "\n".join(lines)
+
+
+def first_names(names: Sequence[str], count: int = 3) -> str:
+    """The first `count` names, comma-separated, and how many more there are."""
+    more = f", … {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more
+
+
+def load_checkpoint(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    tables: Mapping[str, Table] = BACKBONE_TABLES,
+    min_backbone_match: float = 0.9,
+) -> LoadReport:
+    """Load a weight file into `model` under the key table, of those in `tables`, by which the most tensors fit.
+
+    Position tables of another window or image size are resized. Tensors of another shape (a head with other classes)
+    are left out with a warning. Raises CheckpointError, before anything is changed, when less than
+    `min_backbone_match` of the tensors of ``model.backbone`` (of the model if it has no such child) fit.
+    """
+    path = Path(path)
+    state_dict = read_state_dict(path)
+    target = model.state_dict()
+    layout, renamed = _best_layout(state_dict, target, tables)
+    fitting: dict[str, Tensor] = {}
+    mismatched: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+    for name in renamed.keys() & target.keys():
+        tensor = _resize_positions(name, renamed[name], target[name])
+        if tensor.shape == target[name].shape:
+            fitting[name] = tensor
+        else:
+            mismatched[name] = (tuple(tensor.shape), tuple(target[name].shape))
+    report = LoadReport(
+        path,
+        layout,
+        loaded=[name for name in target if name in fitting],
+        missing=[name for name in target if name not in renamed and not name.endswith("num_batches_tracked")],
+        unexpected=[name for name in renamed if name not in target and not name.endswith("num_batches_tracked")],
+        mismatched={name: mismatched[name] for name in target if name in mismatched},
+    )
+    _require_backbone(report, target, min_backbone_match)
+    if report.mismatched:
+        shapes = [f"{name} {file} in the file, {here} here" for name, (file, here) in report.mismatched.items()]
+        warnings.warn(f"{path}: not loaded because of their shape: {first_names(shapes)}", stacklevel=2)
+    model.load_state_dict(fitting, strict=False)
+    return report
+
+
+def _require_backbone(report: LoadReport, target: Mapping[str, Tensor], min_match: float) -> None:
+    inside = [name for name in target if name.startswith("backbone.")] or list(target)
+    wanted = {name for name in inside if not name.endswith("num_batches_tracked")}
+    loaded = len(wanted.intersection(report.loaded))
+    if loaded >= min_match * len(wanted):
+        return
+    absent = [name for name in report.missing if name in wanted]
+    absent += [name for name in report.mismatched if name in wanted]
+    raise CheckpointError(
+        f"{report.path} does not fit: {loaded} of {len(wanted)} backbone tensors found, {min_match:.0%} needed; "
+        f"not found: {first_names(absent)}; in the file but unused: {first_names(report.unexpected) or 'nothing'}"
+    )
+
+
+def _best_layout(
+    state_dict: Mapping[str, Tensor], target: Mapping[str, Tensor], tables: Mapping[str, Table]
+) -> tuple[str, dict[str, Tensor]]:
+    best: tuple[int, str, dict[str, Tensor]] | None = None
+    for layout, table in tables.items():
+        try:
+            renamed = rename(state_dict, table)
+        except CheckpointError:
+            continue  # two keys with one name: the file has another layout
+        fit = sum(name in target and tensor.shape == target[name].shape for name, tensor in renamed.items())
+        if best is None or fit > best[0]:
+            best = fit, layout, renamed
+    if best is None:
+        raise CheckpointError("no key table was given")
+    return best[1], best[2]
+
+
+def _resize_positions(name: str, tensor: Tensor, target: Tensor) -> Tensor:
+    """Resample a relative position bias table (L, heads) or an absolute embedding (1, N, C) of square grids."""
+    if tensor.shape == target.shape or tensor.ndim != target.ndim or tensor.shape[-1] != target.shape[-1]:
+        return tensor
+    if name.endswith("relative_position_bias_table"):
+        window = (math.isqrt(len(target)) + 1) // 2
+        return resize_rel_pos_bias_table(tensor, new_window_size=(window, window), new_bias_shape=tuple(target.shape))
+    if name.endswith("pos_embed") and tensor.ndim == 3:
+        for prefix in (0, 1):
+            old, new = (math.isqrt(t.shape[1] - prefix) for t in (tensor, target))
+            if old**2 + prefix == tensor.shape[1] and new**2 + prefix == target.shape[1]:
+                return resample_abs_pos_embed(tensor, [new, new], [old, old], num_prefix_tokens=prefix)
+    return tensor
+
+
+# -- containers -----------------------------------------------------------------------------------------------------
+
+
+def _guarded(path: Path, load: Callable[[], Any]) -> Any:
+    """Run a reader of `path`; whatever goes wrong inside becomes one CheckpointError."""
+    try:
+        return load()
+    except Exception as error:
+        # torch and our unpickler both write "GLOBAL module.name" for what they refuse.
+        if blocked := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise CheckpointError(
+                f"{path} was refused: reading it would call {blocked[1]}, which is not part of a weight file; "
+                "save only tensors (a state dict), best as .safetensors"
+            ) from error
+        reason = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
+        raise CheckpointError(f"{path} is damaged or incomplete: {reason}") from error
+
+
+def _load_torch(path: Path) -> Any:
+    scalar = np.float64(0).__reduce__()[0]
+    allowed: list[Any] = [argparse.Namespace, np.dtype, *{type(np.dtype(code)) for code in "?bBhHiIlLqQefd"}]
+    allowed += [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    # Training programs keep their arguments and scores beside the weights; these are plain values too.
+    with torch.serialization.safe_globals(allowed):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Unpickler that constructs arrays, tensors and built-in containers and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Resolve a global of the allow-list; raise UnpicklingError for any other."""
+        match module.replace("numpy.core", "numpy._core"), name:
+            case "numpy._core.multiarray", "_reconstruct":
+                return np.empty(0).__reduce__()[0]
+            case "numpy._core.multiarray", "scalar":
+                return np.float64(0).__reduce__()[0]
+            case "numpy._core.numeric", "_frombuffer":
+                return _array_from_buffer
+            case "numpy", ("ndarray" | "dtype") as which:
+                return getattr(np, which)
+            case "collections", "OrderedDict":
+                return OrderedDict
+            case "_codecs", "encode":
+                return _encode_latin1
+            case "torch._utils", "_rebuild_tensor_v2":
+                return torch._utils._rebuild_tensor_v2
+            case "torch.storage", "_load_from_bytes":
+                return _storage_from_bytes
+        raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
+
+
+def _load_pickle(path: Path) -> Any:
+    with path.open("rb") as file:
+        return _ArrayUnpickler(file, encoding="latin1").load()
+
+
+def _array_from_buffer(buffer: Any, dtype: np.dtype, shape: tuple[int, ...], order: str) -> np.ndarray:
+    return np.frombuffer(buffer, dtype=dtype).reshape(shape, order="F" if order == "F" else "C")
+
+
+def _encode_latin1(text: str, encoding: str) -> bytes:
+    return text.encode("latin1")
+
+
+def _storage_from_bytes(data: bytes) -> Any:
+    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+
+
+def _tensors(path: Path, content: Any) -> dict[str, Tensor]:
+    """Follow container keys down to the mapping of names to tensors."""
+    while isinstance(content, Mapping):
+        inner = next((content[k] for k in CONTAINER_KEYS if isinstance(content.get(k), Mapping)), None)
+        if inner is None:
+            break
+        content = inner
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}; a state dict was expected")
+    tensors = {}
+    for name, value in content.items():
+        if isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
+            value = torch.from_numpy(np.array(value, dtype=value.dtype.newbyteorder("=")))
+        if isinstance(name, str) and isinstance(value, Tensor):
+            tensors[name] = value.detach()
+    if not tensors:
+        raise CheckpointError(f"{path} holds no tensors; its keys are {first_names([str(k) for k in content], 5)}")
+    return tensors
+
+
+def _strip_wrappers(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    for prefix in ("module.", "_orig_mod.", "module."):
+        if all(name.startswith(prefix) for name in state_dict):
+            state_dict = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items()}
+    return state_dict

@@ -1,0 +1,58 @@
+"""Key tables: how released backbones name their weights, and how the feature pyramids here do.
+
+A table is a list of rows (pattern, replacement) for ``re.sub``, applied in order to every key; None drops the key.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+
+Table = Sequence[tuple[str, str | None]]
+
+# Swin's index tables and masks are computed, not loaded.
+BUFFERS: Table = [(r"^(.+\.)?(relative_position_index|attn_mask)$", None)]
+
+# timm's and torchvision's own names, also as timm's feature lists flatten them (layers_0 for layers.0).
+TIMM: Table = [(r"^(layers|stages|blocks|levels|features)_(\d+)\.", r"\1.\2."), (r"^(?!body\.)", "body.")]
+
+# detectron2's ResNet: norms are children of the convolutions, stages count from res2.
+DETECTRON2_RESNET: Table = [
+    (r"^stem\.conv1\.norm\.", "body.bn1."),
+    (r"^stem\.conv1\.", "body.conv1."),
+    *((rf"^res{stage + 1}\.", f"body.layer{stage}.") for stage in (1, 2, 3, 4)),
+    (r"^(body\.layer\d\.\d+)\.conv(\d)\.norm\.", r"\1.bn\2."),
+    (r"^(body\.layer\d\.\d+)\.shortcut\.norm\.", r"\1.downsample.1."),
+    (r"^(body\.layer\d\.\d+)\.shortcut\.", r"\1.downsample.0."),
+]
+TO_DETECTRON2_RESNET: Table = [
+    (r"^body\.bn1\.", "stem.conv1.norm."),
+    (r"^body\.conv1\.", "stem.conv1."),
+    *((rf"^body\.layer{stage}\.", f"res{stage + 1}.") for stage in (1, 2, 3, 4)),
+    (r"^(res\d\.\d+)\.bn(\d)\.", r"\1.conv\2.norm."),
+    (r"^(res\d\.\d+)\.downsample\.1\.", r"\1.shortcut.norm."),
+    (r"^(res\d\.\d+)\.downsample\.0\.", r"\1.shortcut."),
+]
+
+# Microsoft's and Mask2Former's Swin merges patches at the end of stage i, timm and we at the start of stage i + 1.
+OFFICIAL_SWIN: Table = [
+    *BUFFERS,
+    *((rf"^layers\.{stage}\.downsample\.", f"layers.{stage + 1}.downsample.") for stage in (2, 1, 0)),
+]
+TO_OFFICIAL_SWIN: Table = [
+    (rf"^layers\.{stage}\.downsample\.", f"layers.{stage - 1}.downsample.") for stage in (1, 2, 3)
+]
+
+# What a file with a backbone alone may look like; `load_checkpoint` takes the one that fits.
+BACKBONE_TABLES: Mapping[str, Table] = {
+    "our names": BUFFERS,
+    "timm or torchvision names": [*BUFFERS, *TIMM],
+    "detectron2 ResNet names": DETECTRON2_RESNET,
+    "official Swin names": OFFICIAL_SWIN,
+}
+
+
+def prefixed(table: Table, prefix: str) -> Table:
+    """The rows of `table` for keys below `prefix` (e.g. ``backbone.``), which stays; every pattern starts with ^."""
+    return [
+        ("^" + re.escape(prefix) + pattern.removeprefix("^"), None if replacement is None else prefix + replacement)
+        for pattern, replacement in table
+    ]
