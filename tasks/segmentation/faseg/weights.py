@@ -1,0 +1,76 @@
+"""FASeg and Mask2Former weights: official releases, our checkpoints, bare backbones; export to official names."""
+
+import os
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from backbones.checkpoint import LoadReport, load_checkpoint, rename
+from backbones.keys import BACKBONE_TABLES, TO_DETECTRON2_RESNET, TO_OFFICIAL_SWIN, Table, prefixed
+from tasks.core.errors import UserError
+from tasks.segmentation.faseg.keys import HEAD_KEYS, OFFICIAL_HEAD_KEYS
+from tasks.segmentation.faseg.network import FASegNetwork
+
+NO_OBJECT_WEIGHT = 0.1
+
+
+def _layouts() -> dict[str, Table]:
+    """Every layout a file may have, as the key table that leads to `FASegNetwork`."""
+    layouts: dict[str, Table] = {
+        "our checkpoint": [(r"^(?!network\.)", None), (r"^network\.", "")],
+        "our network": [],
+    }
+    for name, table in BACKBONE_TABLES.items():
+        layouts[f"official model, {name}"] = [*HEAD_KEYS, *prefixed(table, "backbone.")]
+    for name, table in BACKBONE_TABLES.items():
+        layouts[f"backbone alone, {name}"] = [*table, (r"^", "backbone.")]
+    return layouts
+
+
+def load_weights(network: FASegNetwork, path: str | Path) -> LoadReport:
+    """Load a weight file of any known layout into `network`; see `backbones.checkpoint.load_checkpoint`.
+
+    Knows the releases of FASeg, Mask2Former and MaskFormer (.pth, .pkl), checkpoints of our training and of
+    `export_weights`, and files with a backbone alone (then the head keeps its initial values, as the report says).
+    """
+    return load_checkpoint(network, path, tables=_layouts())
+
+
+def official_state_dict(network: FASegNetwork) -> dict[str, Tensor]:
+    """The weights of `network` under the names of the official code, its buffers of constants included.
+
+    Raises UserError for a backbone that is neither a ResNet nor a Swin: the official code has no names for it.
+    """
+    weights = {name: tensor.detach().cpu() for name, tensor in network.state_dict().items()}
+    constants = {
+        name: buffer.cpu() for name, buffer in network.named_buffers() if name.endswith("relative_position_index")
+    }
+    if "backbone.patch_embed.proj.weight" in weights and "backbone.norm0.weight" in weights:
+        backbone = TO_OFFICIAL_SWIN
+    elif "backbone.body.layer1.0.conv3.weight" in weights:
+        backbone = TO_DETECTRON2_RESNET
+    else:
+        raise UserError("export to official names: the backbone must be a bottleneck ResNet or a Swin")
+    official = rename({**weights, **constants}, [*OFFICIAL_HEAD_KEYS, *prefixed(backbone, "backbone.")])
+    class_weight = torch.ones(network.num_classes + 1)
+    class_weight[-1] = NO_OBJECT_WEIGHT
+    return {**official, "criterion.empty_weight": class_weight}
+
+
+def export_weights(network: FASegNetwork, path: str | Path) -> None:
+    """Write `official_state_dict` as .safetensors, or as a .pth that the official code reads (``{"model": ...}``)."""
+    path = Path(path)
+    if path.suffix not in (".safetensors", ".pth"):
+        raise UserError(f"{path}: exported weights are written as .safetensors or .pth")
+    tensors = {name: tensor.contiguous() for name, tensor in official_state_dict(network).items()}
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        if path.suffix == ".pth":
+            torch.save({"model": tensors}, temporary)
+        else:
+            save_file(tensors, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
