@@ -1,11 +1,11 @@
-"""FASeg and Mask2Former weights: official releases, our checkpoints, bare backbones; export to official names."""
+"""Weights of segmentation networks: our checkpoints, bare backbones, and FASeg's and Mask2Former's releases."""
 
 import os
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from backbones.checkpoint import LoadReport, load_checkpoint, rename
 from backbones.keys import BACKBONE_TABLES, TO_DETECTRON2_RESNET, TO_OFFICIAL_SWIN, Table, prefixed
@@ -17,7 +17,7 @@ NO_OBJECT_WEIGHT = 0.1
 
 
 def _layouts() -> dict[str, Table]:
-    """Every layout a file may have, as the key table that leads to `FASegNetwork`."""
+    """Every layout a file may have, as the key table that leads to our networks."""
     layouts: dict[str, Table] = {
         "our checkpoint": [(r"^(?!network\.)", None), (r"^network\.", "")],
         "our network": [],
@@ -29,11 +29,12 @@ def _layouts() -> dict[str, Table]:
     return layouts
 
 
-def load_weights(network: FASegNetwork, path: str | Path) -> LoadReport:
+def load_weights(network: nn.Module, path: str | Path) -> LoadReport:
     """Load a weight file of any known layout into `network`; see `backbones.checkpoint.load_checkpoint`.
 
-    Knows the releases of FASeg, Mask2Former and MaskFormer (.pth, .pkl), checkpoints of our training and of
-    `export_weights`, and files with a backbone alone (then the head keeps its initial values, as the report says).
+    Knows checkpoints of our training, the releases of FASeg, Mask2Former and MaskFormer (.pth, .pkl) and what
+    `export_weights` writes, and files with a backbone alone (then the head keeps its initial values, as the report
+    says).
     """
     return load_checkpoint(network, path, tables=_layouts())
 
