@@ -42,7 +42,7 @@ class SegmentationMetrics(Metric):
         self.confusion += confusion_matrix(pred, target, self.num_classes, self.ignore_index)
 
     def compute(self) -> dict[str, Tensor]:
-        """Return mIoU, fwIoU, mAcc and pAcc, the vectors IoU and Acc (K,), NaN for undefined classes, and `confusion`."""
+        """Return mIoU, fwIoU, mAcc, pAcc, vectors IoU and Acc (K,) with NaN for undefined classes, and `confusion`."""
         confusion = self.confusion.cpu().double()
         hits, labelled, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
         union = labelled + predicted - hits

@@ -4,6 +4,8 @@ A feature pyramid network brings four backbone maps to one width; each is convol
 sum is classified. Layers and sizes are those of mmsegmentation's ``FPN`` neck and ``FPNHead``.
 """
 
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -51,9 +53,10 @@ class FPN(nn.Module):
         super().__init__()
         self.laterals = nn.ModuleList(nn.Conv2d(c, dim, kernel_size=1) for c in channels)
         self.outputs = nn.ModuleList(nn.Conv2d(dim, dim, kernel_size=3, padding=1) for _ in channels)
-        for conv in (*self.laterals, *self.outputs):
-            nn.init.xavier_uniform_(conv.weight)
-            nn.init.zeros_(conv.bias)
+        for conv in self.modules():
+            if isinstance(conv, nn.Conv2d) and conv.bias is not None:
+                nn.init.xavier_uniform_(conv.weight)
+                nn.init.zeros_(conv.bias)
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """Map (B, C_i, H_i, W_i), high resolution first, to (B, dim, H_i, W_i)."""
@@ -73,7 +76,7 @@ class SemanticFPNHead(nn.Module):
         self.dropout = nn.Dropout2d(dropout)
         self.classifier = nn.Conv2d(dim, num_classes, kernel_size=1)
         nn.init.normal_(self.classifier.weight, std=0.01)
-        nn.init.zeros_(self.classifier.bias)
+        nn.init.constant_(self.classifier.bias, 0)  # type: ignore[arg-type]
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """Map (B, in_dim, H_i, W_i) of strides 4, 8, … to logits (B, K, H_0, W_0)."""
