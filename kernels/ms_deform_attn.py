@@ -28,7 +28,7 @@ def ms_deform_attn(
     """
     shapes = [(int(height), int(width)) for height, width in spatial_shapes]
     _check_arguments(value, shapes, sampling_locations, attention_weights)
-    choose_path("ms_deform_attn", value, has_triton=False)
+    choose_path("ms_deform_attn", value, has_triton=False)  # raises when Triton is insisted on
     return ms_deform_attn_reference(value, shapes, sampling_locations, attention_weights)
 
 

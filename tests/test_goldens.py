@@ -14,10 +14,11 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 HERE = Path(__file__).parent
 MODULES = HERE / "golden_families"
@@ -84,3 +85,48 @@ def test_golden(name, path):
     assert not unknown, f"{name}: nothing was computed for {unknown}"
     for key in expected:
         compare(key, computed[key].detach(), tensors[key])
+
+
+def test_last_root_wins(tmp_path):
+    for root in ("first", "second"):
+        (tmp_path / root / "family" / "part").mkdir(parents=True)
+        (tmp_path / root / "family" / "part" / "case.json").write_text("{}")
+    cases = find_cases([tmp_path / "first", tmp_path / "second"])
+    assert cases == {"family/part/case": tmp_path / "second" / "family" / "part" / "case.json"}
+
+
+def test_unknown_root():
+    with pytest.raises(FileNotFoundError, match="FRUGAL_GOLDENS: /nowhere is not a folder"):
+        find_cases([Path("/nowhere")])
+
+
+def test_family_without_module_is_one_skip(tmp_path, monkeypatch):
+    (tmp_path / "unheard_of").mkdir()
+    for case in ("one", "two"):
+        (tmp_path / "unheard_of" / f"{case}.json").write_text("{}")
+    monkeypatch.setenv("FRUGAL_GOLDENS", str(tmp_path))
+    skips = [p for p in golden_parameters() if p.id.startswith("unheard_of")]
+    assert [p.id for p in skips] == ["unheard_of"]
+    assert skips[0].marks[0].name == "skip"
+
+
+def test_outputs_must_be_computed_and_equal(tmp_path, monkeypatch):
+    path = tmp_path / "case.json"
+    path.write_text("{}")
+    expected = {
+        "out.x": torch.tensor([1.0, 2.0], dtype=torch.float64),
+        "out.n": torch.tensor([3]),
+        "in.y": torch.ones(1),
+    }
+    save_file(expected, path.with_suffix(".safetensors"))
+    for computed, message in [
+        ({"out.x": expected["out.x"]}, r"nothing was computed for \['out.n'\]"),
+        (expected | {"out.x": expected["out.x"] + 1e-8}, "out.x: relative error"),
+        (expected | {"out.n": torch.tensor([4])}, "out.n: 1 of 1 integers differ"),
+        (expected | {"out.n": torch.tensor([[3]])}, r"out.n: \(1, 1\) != \(1,\)"),
+    ]:
+        monkeypatch.setitem(sys.modules, "goldens_fake", SimpleNamespace(run_case=lambda *_, c=computed: c))
+        with pytest.raises(AssertionError, match=message):
+            test_golden("fake/case", path)
+    monkeypatch.setitem(sys.modules, "goldens_fake", SimpleNamespace(run_case=lambda *_: expected))
+    test_golden("fake/case", path)

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from backbones.checkpoint import rename
 from kernels.ms_deform_attn import ms_deform_attn
 from tasks.segmentation.faseg.criterion import Segments, SetCriterion
 from tasks.segmentation.faseg.deformable_encoder import DeformableAttention, DeformableEncoder, reference_points
@@ -22,21 +23,6 @@ from tasks.segmentation.faseg.pixel_decoder import PixelDecoder, PixelDecoderOut
 from tasks.segmentation.faseg.points import point_sample
 from tasks.segmentation.faseg.transformer_decoder import TransformerDecoder, select_windows
 from tasks.segmentation.preprocess import Preprocess
-
-
-def rename(state_dict, table):
-    renamed = {}
-    for key, value in state_dict.items():
-        for pattern, replacement in table:
-            if replacement is None:
-                key = None if re.search(pattern, key) else key
-            else:
-                key = re.sub(pattern, replacement, key)
-            if key is None:
-                break
-        if key is not None:
-            renamed[key] = value
-    return renamed
 
 
 def load(module, tensors, official_prefix="", prefix=""):
@@ -134,21 +120,12 @@ def run_pixel_decoder(meta, tensors, path):
     if "sd.mask_features.weight" not in tensors:
         return run_projections(meta, tensors)
     decoder = load(pixel_decoder_of(meta["config"], tensors), tensors, "sem_seg_head.pixel_decoder.", "pixel_decoder.")
-    projected = {}
-    for level, projection in enumerate(decoder.input_proj):
-        projection.register_forward_hook(lambda _m, _i, out, level=level: projected.update({level: out}))
     outputs = decoder(backbone_features(tensors))
     computed = {"out.mask_features": outputs.mask_features}
     for level, (feature, position) in enumerate(zip(outputs.features, outputs.positions, strict=True)):
         computed[f"out.multi_scale.{level}"] = feature
-        computed.update({f"out.{name}.{level}": position for name in POSITION_NAMES})
-    for level, source in projected.items():
-        computed.update({f"out.{name}.{level}": source for name in PROJECTION_NAMES})
+        computed[f"out.pos.{level}"] = position
     return computed
-
-
-POSITION_NAMES = ("pos", "positions", "pos_linear", "p")
-PROJECTION_NAMES = ("src", "srcs", "input_proj", "proj", "projected", "s")
 
 
 def run_projections(meta, tensors):
@@ -163,14 +140,14 @@ def run_projections(meta, tensors):
     report = decoder.load_state_dict(renamed, strict=False)
     assert not report.unexpected_keys
     assert not [key for key in report.missing_keys if key.startswith(("input_proj", "pos_conv"))]
+    projected = [projection(feature) for projection, feature in zip(decoder.input_proj, features[::-1], strict=True)]
+    positions = [conv(feature) for conv, feature in zip(decoder.pos_conv, projected, strict=True)]
     computed = {}
-    for level, feature in enumerate(features[::-1]):
-        source = decoder.input_proj[level](feature)
-        position = decoder.pos_conv[level](source)
-        computed.update({f"out.{name}.{level}": source for name in PROJECTION_NAMES})
-        computed.update({f"out.{name}.{level}": position for name in POSITION_NAMES})
-        computed.update({f"out.{name}.res{5 - level}": source for name in PROJECTION_NAMES})
-        computed.update({f"out.{name}.res{5 - level}": position for name in POSITION_NAMES})
+    for name in tensors:  # levels may be numbered from 1/32 to 1/4 or named res5 to res2
+        match = re.fullmatch(r"out\.(\w+)\.(res)?(\d)", name)
+        if match:
+            level = 5 - int(match[3]) if match[2] else int(match[3])
+            computed[name] = (positions if match[1].startswith("p") and "proj" not in match[1] else projected)[level]
     return computed
 
 

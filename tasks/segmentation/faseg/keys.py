@@ -2,6 +2,8 @@
 
 import re
 
+from backbones.keys import Table
+
 # (name here, official name): prefixes, "{}" stands for a layer or level number; the first row that fits counts.
 _PREFIXES = [
     ("pixel_decoder.input_proj.{}.conv.", "sem_seg_head.pixel_decoder.input_proj.{}.0."),
@@ -37,7 +39,7 @@ def _row(source: str, target: str) -> tuple[str, str]:
 
 
 # Rows are (pattern, replacement) for re.sub, applied in order to every key; None drops the key.
-HEAD_KEYS: list[tuple[str, str | None]] = [
+HEAD_KEYS: Table = [
     (r"^module\.", ""),
     (r"^criterion\.empty_weight$", None),
     # MaskFormer v1 kept the pixel decoder directly in the head and called the query features static_query.
@@ -47,4 +49,4 @@ HEAD_KEYS: list[tuple[str, str | None]] = [
 ]
 
 # The other direction, for export. The official `criterion.empty_weight` has no counterpart here.
-OFFICIAL_HEAD_KEYS: list[tuple[str, str | None]] = [_row(ours, official) for ours, official in _PREFIXES]
+OFFICIAL_HEAD_KEYS: Table = [_row(ours, official) for ours, official in _PREFIXES]

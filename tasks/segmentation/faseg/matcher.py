@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from tasks.core.errors import UserError
 from tasks.segmentation.faseg.points import PointSource, point_sample, uniform_points
@@ -12,17 +13,18 @@ from tasks.segmentation.faseg.points import PointSource, point_sample, uniform_p
 def matching_costs(
     class_logits: Tensor, mask_logits: Tensor, labels: Tensor, masks: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the class, mask and dice costs, (Q, T) each, of pairing every prediction with every target.
+    """Return the class, mask and dice costs, (..., Q, T) each, of pairing every prediction with every target.
 
-    class_logits (Q, K + 1), labels (T,); mask_logits (Q, P) and masks (T, P) are values at the same P points.
+    class_logits (..., Q, K + 1), labels (..., T); mask_logits (..., Q, P) and masks (..., T, P) are values at the same
+    P points.
     """
-    cost_class = -class_logits.softmax(dim=-1)[:, labels]
-    # Binary cross-entropy of all pairs: softplus(-a) where the target is 1, softplus(a) where it is 0.
-    positive, negative = F.softplus(-mask_logits), F.softplus(mask_logits)
-    cost_mask = (positive @ masks.T + negative @ (1 - masks).T) / mask_logits.shape[1]
+    cost_class = -torch.take_along_dim(class_logits.softmax(dim=-1), labels.unsqueeze(-2), dim=-1)
+    # Binary cross-entropy of all pairs: softplus(-a) = softplus(a) - a where the target is 1, softplus(a) where it is 0.
+    negative = F.softplus(mask_logits)
+    cost_mask = (negative.sum(dim=-1, keepdim=True) - mask_logits @ masks.mT) / mask_logits.shape[-1]
     probability = mask_logits.sigmoid()
-    overlap = 2 * probability @ masks.T
-    total = probability.sum(dim=1)[:, None] + masks.sum(dim=1)[None]
+    overlap = 2 * probability @ masks.mT
+    total = probability.sum(dim=-1, keepdim=True) + masks.sum(dim=-1).unsqueeze(-2)
     return cost_class, cost_mask, 1 - (overlap + 1) / (total + 1)
 
 
@@ -51,15 +53,18 @@ class HungarianMatcher(nn.Module):
         pred_logits (B, Q, K + 1), pred_masks (B, Q, h, w); per image labels (T,) and masks (T, H, W), floating point.
         Raises `UserError` when a cost is not finite.
         """
-        costs = []
-        for image in range(pred_logits.shape[0]):
-            points = self.draw_points(1, self.num_points, pred_masks)  # shared by all queries and targets
-            predicted = point_sample(pred_masks[image, None], points).squeeze(0)  # (Q, P)
-            target = point_sample(masks[image][None].to(predicted.dtype), points).squeeze(0)  # (T, P)
-            cost_class, cost_mask, cost_dice = matching_costs(pred_logits[image], predicted, labels[image], target)
-            costs.append(self.class_weight * cost_class + self.mask_weight * cost_mask + self.dice_weight * cost_dice)
-        # One transfer after all costs are queued keeps the device busy.
-        return [self._assign(cost.cpu(), pred_logits.device) for cost in costs]
+        # Each image has its own points, shared by its queries and targets; the missing targets of images are zero.
+        points = torch.cat([self.draw_points(1, self.num_points, pred_masks) for _ in masks])  # (B, P, 2)
+        predicted = point_sample(pred_masks, points)  # (B, Q, P)
+        target = point_sample(pad_sequence(masks, batch_first=True).to(predicted.dtype), points)  # (B, T, P)
+        cost_class, cost_mask, cost_dice = matching_costs(
+            pred_logits, predicted, pad_sequence(labels, batch_first=True), target
+        )
+        cost = self.class_weight * cost_class + self.mask_weight * cost_mask + self.dice_weight * cost_dice
+        costs = cost.cpu()  # (B, Q, T), in one transfer
+        return [
+            self._assign(image[:, : len(own)], pred_logits.device) for image, own in zip(costs, labels, strict=True)
+        ]
 
     @staticmethod
     def _assign(cost: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,128 @@
+import pytest
+import torch
+
+from tasks.segmentation.faseg.inference import (
+    class_scores,
+    instance_inference,
+    multi_scale_scores,
+    panoptic_inference,
+    semantic_inference,
+    sliding_window_scores,
+)
+
+
+def queries(classes, boxes, num_classes=4, size=(8, 8), confidence=9.0):
+    """Build one query per (class, (top, bottom, left, right)): sure of its class and of its box."""
+    logits = torch.zeros(len(classes), num_classes + 1)
+    masks = torch.full((len(classes), *size), -9.0)
+    for query, (category, (top, bottom, left, right)) in enumerate(zip(classes, boxes, strict=True)):
+        logits[query, category] = confidence
+        masks[query, top:bottom, left:right] = 9.0
+    return logits, masks
+
+
+def test_class_scores_sum_queries_and_drop_no_object():
+    logits, masks = queries([1, 1, 4], [(0, 8, 0, 8), (0, 8, 0, 4), (0, 8, 0, 8)])
+    scores = class_scores(logits, masks)
+    assert scores.shape == (4, 8, 8)
+    assert scores[1, 0, 0] > 1.9  # two queries agree: not a probability
+    assert 0.9 < scores[1, 0, 7] < 1.1
+    batched = class_scores(logits.expand(2, -1, -1), masks.expand(2, -1, -1, -1))
+    torch.testing.assert_close(batched[1], scores)
+
+
+def test_semantic_inference_cuts_padding_before_resizing():
+    logits, masks = queries([0, 2], [(0, 8, 0, 4), (0, 8, 4, 8)])  # of a 32x32 padded image
+    scores = semantic_inference(logits, masks, image_size=(32, 16), output_size=(64, 32))
+    assert scores.shape == (4, 64, 32)
+    assert (scores.argmax(0)[:, :28] == 0).all()  # what class 2 covers was padding
+    whole = semantic_inference(logits, masks, image_size=(32, 32), output_size=(16, 16))
+    assert (whole.argmax(0)[:, 9:] == 2).all()
+
+
+def test_panoptic_merges_stuff_and_counts_things():
+    boxes = [(0, 4, 0, 4), (0, 4, 4, 8), (4, 8, 0, 4), (4, 8, 4, 8)]
+    panoptic, segments = panoptic_inference(*queries([0, 0, 3, 3], boxes), thing_classes={0})
+    assert [tuple(segment) for segment in segments] == [(1, True, 0), (2, True, 0), (3, False, 3)]
+    assert panoptic[0, 0] == 1
+    assert panoptic[0, 7] == 2
+    assert (panoptic[4:] == 3).all()
+
+
+def test_panoptic_drops_unsure_hidden_and_absent_queries():
+    unsure = queries([0], [(0, 8, 0, 8)], confidence=1.0)
+    panoptic, segments = panoptic_inference(*unsure, thing_classes={0})
+    assert segments == []
+    assert not panoptic.any()
+
+    logits, masks = queries([0, 1], [(0, 8, 0, 8), (0, 8, 0, 6)], confidence=20.0)
+    masks[1] *= 0.5  # loses every pixel of the overlap
+    panoptic, segments = panoptic_inference(logits, masks, thing_classes={0, 1})
+    assert [segment.category for segment in segments] == [0]
+
+    no_object = queries([4], [(0, 8, 0, 8)])
+    assert panoptic_inference(*no_object, thing_classes={0})[1] == []
+
+
+def test_instances_are_ranked_and_filtered():
+    logits, masks = queries([0, 3], [(0, 4, 0, 4), (4, 8, 4, 8)])
+    logits[1, 3] = 5.0
+    instances = instance_inference(logits, masks, top_k=2)
+    assert instances.classes.tolist() == [0, 3]
+    assert instances.scores[0] > instances.scores[1] > 0.9
+    assert instances.masks[0, :4, :4].all()
+    assert instances.masks[0].sum() == 16
+    things = instance_inference(logits, masks, top_k=2, thing_classes={3})
+    assert things.classes.tolist() == [3]
+    assert len(instance_inference(logits, masks, top_k=100).scores) == 8
+
+
+def colours(image):
+    """Scores that any size of image gives: its own channels."""
+    return image.float()
+
+
+def test_multi_scale_averages_sizes_and_mirrors():
+    seen = []
+
+    def scores(image):
+        seen.append(tuple(image.shape))
+        return image.float() + torch.arange(image.shape[2])  # depends on the position in the view
+
+    image = torch.full((3, 20, 30), 7, dtype=torch.uint8)
+    result = multi_scale_scores(scores, image, short_sides=[20, 40], max_size=45, output_size=(10, 12))
+    assert seen == [(3, 20, 30), (3, 20, 30), (3, 30, 45), (3, 30, 45)]
+    assert result.shape == (3, 10, 12)
+    # Ramp plus mirrored ramp is constant: 7 + (29 / 2 + 44 / 2) / 2
+    torch.testing.assert_close(result, torch.full_like(result, 7 + 18.25), rtol=1e-3, atol=0)
+
+
+def test_one_scale_without_mirror_is_the_plain_result():
+    image = torch.randint(0, 256, (3, 16, 24), dtype=torch.uint8)
+    result = multi_scale_scores(colours, image, [16], 100, (16, 24), flip=False)
+    assert torch.equal(result, image.float())
+
+
+def test_multi_scale_needs_a_size():
+    with pytest.raises(ValueError, match="short_sides is empty"):
+        multi_scale_scores(colours, torch.zeros(3, 8, 8, dtype=torch.uint8), [], 100, (8, 8))
+
+
+@pytest.mark.parametrize("size", [(30, 47), (16, 16), (10, 40), (9, 7)])
+def test_sliding_windows_cover_every_pixel_once_on_average(size):
+    windows = []
+
+    def scores(image):
+        windows.append(tuple(image.shape[1:]))
+        return image.float()
+
+    image = torch.randint(0, 256, (3, *size), dtype=torch.uint8)
+    result = sliding_window_scores(scores, image, window=(16, 16), stride=(12, 10))
+    torch.testing.assert_close(result, image.float())
+    assert set(windows) == {(min(16, size[0]), min(16, size[1]))}
+
+
+@pytest.mark.parametrize("stride", [(17, 8), (0, 8)])
+def test_sliding_windows_must_not_leave_gaps(stride):
+    with pytest.raises(ValueError, match=rf"stride\[0\] is {stride[0]}, expected 1 to 16"):
+        sliding_window_scores(colours, torch.zeros(3, 32, 32), (16, 16), stride)
