@@ -108,8 +108,8 @@ class ReportCallback(Callback):
         elif stage == TrainerFn.FITTING:
             notes.append("Metrics are those of the last weights, after the last step of the training.")
         datamodule: Any = getattr(trainer, "datamodule", None)
-        parts = _attempt("Tables and pictures", notes, lambda: module.report_parts(datamodule), ReportParts())
-        cost = _attempt("Cost", notes, lambda: self._cost(trainer, module), Cost())
+        parts = _attempt("tables and pictures", notes, lambda: module.report_parts(datamodule), ReportParts())
+        cost = _attempt("cost", notes, lambda: self._cost(trainer, module), Cost())
         name = " · ".join(part for part in (type(module).__name__, self.config) if part)
         report = Report(
             task=module.task,
@@ -147,8 +147,8 @@ def _attempt(what: str, notes: list[str], make: Callable[[], T], default: T) -> 
     try:
         return make()
     except Exception as error:
-        notes.append(f"{what} are missing: {type(error).__name__}: {error}")
-        warnings.warn(f"report: {what.lower()} are missing\n{traceback.format_exc()}", stacklevel=2)
+        notes.append(f"Without {what}: {type(error).__name__}: {error}")
+        warnings.warn(f"report without {what}\n{traceback.format_exc()}", stacklevel=2)
         return default
 
 

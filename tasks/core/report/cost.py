@@ -94,6 +94,7 @@ def environment(device: torch.device | str = "cpu") -> dict[str, str]:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:  # optional, or run from a checkout
             continue
+    found["torch"] = torch.__version__  # with its CUDA build
     if device.type == "cuda":
         found["device"] = torch.cuda.get_device_name(device)
         found["cuda"] = str(torch.version.cuda)
