@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tasks.core.report.document import Curve
+from tasks.core.report.numbers import format_column
 
 INK = "#3b4252"
 COLOURS = ("#2f6fb5", "#d9822b", "#3f9b5f", "#b5477f", "#7a5fc0", "#8a8f98")
@@ -39,8 +40,9 @@ def curve_panels(curves: Mapping[str, Curve]) -> list[tuple[str, bytes]]:
 
 
 def class_bars(values: Mapping[str, float], label: str) -> bytes:
-    """Horizontal bars, one per class, largest first, as PNG; of more than 40 classes the 20 first and 20 last."""
-    ranked = sorted(values.items(), key=lambda item: -np.nan_to_num(item[1], nan=-np.inf))
+    """Horizontal bars, one per class with a value, largest first, as PNG; of more than 40 classes the 20 first and 20 last."""
+    known = [(name, value) for name, value in values.items() if not np.isnan(value)]
+    ranked = sorted(known, key=lambda item: -item[1])
     if len(ranked) > MAX_BARS:
         half = MAX_BARS // 2
         ranked = [*ranked[:half], (f"… {len(ranked) - MAX_BARS} more …", float("nan")), *ranked[-half:]]
@@ -48,7 +50,13 @@ def class_bars(values: Mapping[str, float], label: str) -> bytes:
     axes = figure.add_subplot()
     numbers = [value for _, value in ranked]
     bars = axes.barh([name for name, _ in ranked], numbers, color=COLOURS[0], height=0.72)
-    axes.bar_label(bars, ["" if np.isnan(v) else f"{v:.3g}" for v in numbers], padding=3, fontsize=7, color=INK)
+    axes.bar_label(
+        bars,
+        ["" if np.isnan(value) else text for value, text in zip(numbers, format_column(numbers), strict=True)],
+        padding=3,
+        fontsize=7,
+        color=INK,
+    )
     axes.invert_yaxis()
     axes.margins(x=0.1, y=0.01)
     axes.set_xlabel(label)
