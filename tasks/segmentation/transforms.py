@@ -39,7 +39,9 @@ def resize_mask(mask: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def _nearest(before: int, after: int) -> np.ndarray:
-    index = np.arange(after, dtype=np.float32) * (np.float32(before) / np.float32(after))
+    # The product in double, then its floor in single precision: what torch computes for the double label maps of the
+    # published training code. It decides ties, e.g. index 109 of 218 from 4 is 2 and not 1.
+    index = (np.arange(after) * (before / after)).astype(np.float32)
     return np.minimum(index.astype(np.int64), before - 1)
 
 
