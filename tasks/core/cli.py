@@ -1,0 +1,211 @@
+"""The command line of every task: ``python -m tasks.<task> {fit,validate,test,predict,check} -c configs/<name>.yaml``.
+
+LightningCLI with short class names, an import allow-list, one-line errors and a report at the end.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import re
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jsonargparse import set_parsing_settings
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+
+from backbones.checkpoint import CheckpointError
+from tasks.core.data import TaskDataModule
+from tasks.core.errors import UserError
+from tasks.core.module import TaskModule
+from tasks.core.predict import PredictionWriter
+from tasks.core.report import ReportCallback
+
+ALLOWED_IMPORTS = ["tasks", "backbones", "efficiency", "lightning"]
+PROJECT = Path(__file__).resolve().parents[2]
+
+
+class Parser(LightningArgumentParser):
+    """A parser whose errors are one line: what is wrong and the nearest thing that would be right."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print the message, the nearest valid option where one is misspelt, and stop with exit code 2."""
+        parser = getattr(ex, "subcommand_parser", None) or self
+        print(f"error: {one_line(message, parser)}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def one_line(message: str, parser: LightningArgumentParser) -> str:
+    """jsonargparse's nested message as one line, ending with the nearest valid key if one was misspelt."""
+    lines = [line.strip(" -") for line in message.splitlines() if line.strip()]
+    text = " ".join(lines)
+    wrong = re.search(
+        r"[Uu]nrecognized arguments: --([\w.]+)|[Kk]ey ['\"]([\w.]+)['\"] (?:is not expected|not)|option '([\w.]+)'",
+        text,
+    )
+    if wrong:
+        key = next(group for group in wrong.groups() if group)
+        nearest = difflib.get_close_matches(key, known_keys(parser), n=1, cutoff=0.5)
+        text += f" Did you mean '{nearest[0]}'?" if nearest else ""
+    return text
+
+
+def known_keys(parser: LightningArgumentParser) -> list[str]:
+    """Every option of the parser by its dotted name."""
+    return sorted({action.dest for action in parser._actions if action.dest})
+
+
+class TaskTrainer(Trainer):
+    """Lightning's Trainer, with the sub-command that reads the data without training."""
+
+    def check(self) -> None:
+        """Read the whole data set and list every problem with it."""
+
+
+class CLI(LightningCLI):
+    """LightningCLI with this project's run folder, callbacks, checks and report."""
+
+    datamodule: TaskDataModule
+    model: TaskModule
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's sub-commands and `check`."""
+        return {**LightningCLI.subcommands(), "check": set()}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Write the number of classes once, in the data."""
+        parser.add_argument(
+            "--output", type=str | None, default=None, help="Folder of `predict` (default: the run folder)."
+        )
+        parser.link_arguments("data.num_classes", "model.init_args.num_classes", apply_on="instantiate")
+
+    def _parse_ckpt_path(self) -> None:
+        """Keep the configuration as given: a checkpoint resumes the training, it does not change the settings."""
+        ckpt_path = self.config[self.config.subcommand].get("ckpt_path")
+        if ckpt_path and ckpt_path not in ("best", "last", "hpc", "registry") and not Path(ckpt_path).is_file():
+            raise UserError(f"--ckpt_path: {ckpt_path} is not a file; expected a checkpoint such as runs/.../last.ckpt")
+
+    def before_instantiate_classes(self) -> None:
+        """`check` needs the data alone."""
+        if self.subcommand == "check":
+            config = self.config["check"]
+            parser = Parser()
+            parser.add_subclass_arguments(self._datamodule_class, "data")
+            datamodule = parser.instantiate_classes(parser.parse_object({"data": config["data"]})).data
+            raise SystemExit(0 if datamodule.check() else 1)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Add the run folder, loggers, checkpoints, progress bar, report and prediction writer."""
+        config = self._get(self.config_init, "trainer")
+        self.report = ReportCallback()
+        callbacks: list[Callback] = [self.report]
+        if config.enable_progress_bar is not False:
+            callbacks.append(RichProgressBar(leave=False))
+        if config.logger is None and not config.fast_dev_run:
+            csv = CSVLogger(self.run_folder, name=self.run_name)
+            kwargs["logger"] = [csv, TensorBoardLogger(self.run_folder, name=self.run_name, version=csv.version)]
+            callbacks.append(LearningRateMonitor(logging_interval="step"))
+        if self.subcommand == "fit" and config.enable_checkpointing is not False and not config.fast_dev_run:
+            callbacks.append(best_and_last(self.model))
+        if self.subcommand == "predict":
+            callbacks.append(PredictionWriter(self._get(self.config, "output")))
+        self.trainer_defaults["callbacks"] = callbacks
+        return super().instantiate_trainer(use_distributed_sampler=False, **kwargs)
+
+    @property
+    def run_folder(self) -> str:
+        """Where runs are kept: `trainer.default_root_dir`, or ``runs/<task>``."""
+        return self._get(self.config_init, "trainer").default_root_dir or str(Path("runs") / self.model.task)
+
+    @property
+    def run_name(self) -> str:
+        """The name of the last configuration file, e.g. ``faseg`` or ``sample/faseg``."""
+        files = self._get(self.config, "config") or []
+        if not files:
+            return type(self.model).__name__.lower()
+        path = Path(str(files[-1]))
+        return f"sample/{path.stem}" if path.parent.name == "sample" else path.stem
+
+    def fit(self, **kwargs: Any) -> None:
+        """Train, then evaluate the best checkpoint so that the report speaks of the weights to be used."""
+        self.trainer.fit(**kwargs)
+        checkpoint = self.trainer.checkpoint_callback
+        if isinstance(checkpoint, ModelCheckpoint) and checkpoint.best_model_path and not self.trainer.interrupted:
+            rank_zero_info(f"evaluating the best checkpoint: {checkpoint.best_model_path}")
+            self.trainer.validate(self.model, datamodule=self.datamodule, ckpt_path="best", verbose=False)
+
+    def predict(self, **kwargs: Any) -> None:
+        """Predict; the results go to files, not to memory."""
+        self.trainer.predict(**{**kwargs, "return_predictions": False})
+
+
+def best_and_last(model: TaskModule) -> ModelCheckpoint:
+    """`best.ckpt` by the task's headline metric and `last.ckpt`, written at every validation."""
+    return ModelCheckpoint(
+        monitor=model.monitor,
+        mode=model.mode,
+        filename="best",
+        save_last=True,
+        enable_version_counter=False,
+        auto_insert_metric_name=False,
+    )
+
+
+def prepare_arguments(args: list[str]) -> list[str]:
+    """Apply ``--allow-import PACKAGE`` and find ``-c configs/...`` beside the packages when it is not here."""
+    args, allowed = list(args), list(ALLOWED_IMPORTS)
+    while "--allow-import" in args:
+        at = args.index("--allow-import")
+        if at + 1 == len(args):
+            raise UserError("--allow-import: expected the name of a Python package")
+        allowed.append(args[at + 1])
+        del args[at : at + 2]
+    set_parsing_settings(
+        import_path_denylist=["*"], import_path_allowlist=allowed, config_read_mode_fsspec_enabled=False
+    )
+    for at, (flag, value) in enumerate(itertools.pairwise(args), start=1):
+        if flag in ("-c", "--config") and not Path(value).exists():
+            if not (PROJECT / value).is_file():
+                raise UserError(f"{flag} {value}: no such file; `python -m tasks` lists the configurations")
+            args[at] = str(PROJECT / value)
+    return args
+
+
+def main(module: type[TaskModule], datamodule: type[TaskDataModule], args: list[str] | None = None) -> None:
+    """Run the command line of one task and print the path of the report last.
+
+    Args:
+        module: The task's base LightningModule; its imported subclasses are the short names of `model`.
+        datamodule: The task's base datamodule; likewise for `data`.
+        args: Arguments instead of `sys.argv[1:]`.
+    """
+    try:
+        if args is None:
+            sys.argv[1:] = prepare_arguments(sys.argv[1:])
+        else:
+            args = prepare_arguments(args)
+        cli = CLI(
+            module,
+            datamodule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=0,
+            trainer_class=TaskTrainer,
+            parser_class=Parser,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            args=args,
+        )
+    except (UserError, CheckpointError, MisconfigurationException) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    if cli.report.path and rank_zero_only.rank == 0:
+        print(f"report: {cli.report.path}", flush=True)

@@ -1,0 +1,144 @@
+"""What every task's LightningModule shares: optimizer, schedule, clipping, EMA, weights and evaluation under DDP."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from tasks.core.optim import OptimConfig, build_optimizer, build_scheduler
+from tasks.core.report import ReportParts
+
+
+class TaskModule(LightningModule):
+    """Base of all tasks. A task adds its network, `training_step`, `evaluation_step`, metrics and `predict_step`.
+
+    Subclasses set `task`, `monitor` (the headline metric, e.g. ``val/mIoU``) and `mode` and call
+    `remember_hyperparameters(locals())` so that ``Class.load_from_checkpoint(path)`` needs nothing else.
+
+    Args:
+        optim: Optimizer, schedule and gradient clipping.
+        ema_decay: Decay of the exponential moving average of the weights per step; evaluation and checkpoints then
+            use the average. None trains without.
+    """
+
+    task: ClassVar[str]
+    monitor: ClassVar[str]
+    mode: ClassVar[Literal["min", "max"]] = "max"
+    network: nn.Module
+
+    def __init__(self, optim: OptimConfig | Mapping[str, Any] | None = None, ema_decay: float | None = None) -> None:
+        super().__init__()
+        if not isinstance(optim, OptimConfig):  # a checkpoint holds plain values
+            optim = OptimConfig(**(optim or {}))
+        self.optim = optim
+        self.ema_decay = ema_decay
+
+    def remember_hyperparameters(self, arguments: Mapping[str, Any]) -> None:
+        """Save the constructor's `locals()` as plain values; `weights` is left out, the checkpoint replaces it."""
+        skipped = {"self", "weights", "pretrained", "__class__"}
+        plain = {
+            k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) and not isinstance(v, type) else v
+            for k, v in arguments.items()
+            if k not in skipped
+        }
+        self.save_hyperparameters(plain)
+
+    # -- optimisation ---------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> Any:
+        """Optimizer and per-update schedule over the whole training, both made by timm."""
+        optimizer = build_optimizer(self.network, self.optim)
+        total_steps = int(self.trainer.estimated_stepping_batches)
+        scheduler = build_scheduler(optimizer, self.optim, total_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """timm's schedulers count updates themselves."""
+        scheduler.step_update(num_updates=self.global_step)
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
+    ) -> None:
+        """Clip the global L2 norm to `optim.clip_grad` unless the Trainer was given its own clipping."""
+        value = self.optim.clip_grad if gradient_clip_val is None else gradient_clip_val
+        self.clip_gradients(
+            optimizer, gradient_clip_val=value, gradient_clip_algorithm=gradient_clip_algorithm or "norm"
+        )
+
+    def configure_callbacks(self) -> list[Callback]:
+        """The moving average of the weights, when asked for."""
+        return [EMAWeightAveraging(decay=self.ema_decay)] if self.ema_decay else []
+
+    # -- evaluation -----------------------------------------------------------------------------------------------
+
+    def evaluation_step(self, batch: Any, stage: str) -> None:
+        """Update the metrics of `stage` ("val" or "test") with one batch."""
+        raise NotImplementedError
+
+    def evaluation_results(self, stage: str) -> dict[str, float | Tensor]:
+        """The epoch's metrics over all processes, by name without the stage; resets them."""
+        raise NotImplementedError
+
+    def report_parts(self, datamodule: LightningDataModule) -> ReportParts:
+        """Tables and pictures of the last evaluation for the report."""
+        return ReportParts()
+
+    def example_input(self) -> Tensor:
+        """One input of the network, for the cost table."""
+        raise NotImplementedError
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """One batch of the validation split."""
+        self.evaluation_step(batch, "val")
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """One batch of the test split."""
+        self.evaluation_step(batch, "test")
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the validation metrics."""
+        self._log_results("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the test metrics."""
+        self._log_results("test")
+
+    def _log_results(self, stage: str) -> None:
+        results = self.evaluation_results(stage)
+        headline = self.monitor.split("/", 1)[1]
+        for name, value in results.items():
+            # every process computed the same value from the same synchronised states
+            self.log(
+                f"{stage}/{name}",
+                torch.as_tensor(value, dtype=torch.float64, device="cpu").to(self.device, self._log_dtype),
+                prog_bar=name == headline,
+            )
+
+    @property
+    def _log_dtype(self) -> torch.dtype:
+        return torch.float32 if self.device.type == "mps" else torch.float64
+
+    def on_validation_start(self) -> None:
+        """Give every process rank 0's buffers, then stop DDP from broadcasting them in each forward.
+
+        Processes evaluate different numbers of samples, and a broadcast in the forward would wait for the others.
+        """
+        wrapper = self.trainer.model
+        if isinstance(wrapper, DistributedDataParallel):
+            for buffer in self.buffers():
+                dist.broadcast(buffer, src=0)
+            wrapper.require_forward_param_sync = False
+
+    def on_validation_end(self) -> None:
+        """Let DDP synchronise again."""
+        wrapper = self.trainer.model
+        if isinstance(wrapper, DistributedDataParallel):
+            wrapper.require_forward_param_sync = True

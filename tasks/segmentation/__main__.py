@@ -1,0 +1,8 @@
+"""``python -m tasks.segmentation {fit,validate,test,predict,check} -c configs/<name>.yaml``."""
+
+from tasks.core.cli import main
+from tasks.segmentation.data import SegmentationDataModule
+from tasks.segmentation.module import SegmentationModule
+
+if __name__ == "__main__":
+    main(SegmentationModule, SegmentationDataModule)

@@ -1,0 +1,350 @@
+"""LightningModules of semantic segmentation: loss, evaluation and predictions around the task's networks."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor, nn
+
+from backbones.features import create_features
+from tasks.core.evaluation import Extremes, Sample
+from tasks.core.module import TaskModule
+from tasks.core.optim import OptimConfig
+from tasks.core.predict import Prediction
+from tasks.core.report import Picture, ReportParts, Table
+from tasks.core.report.figures import class_bars, confusion_matrix, side_by_side, thumbnail
+from tasks.segmentation.faseg.criterion import SetCriterion, semantic_segments
+from tasks.segmentation.faseg.inference import multi_scale_scores, semantic_inference, sliding_window_scores
+from tasks.segmentation.faseg.network import FASegNetwork
+from tasks.segmentation.metrics import SegmentationMetrics, image_miou
+from tasks.segmentation.semantic_fpn import SemanticFPNNetwork
+from tasks.segmentation.weights import load_weights
+
+IGNORE = 255
+PICTURES = 4  # best and worst images in the report, each
+
+
+@dataclass
+class EvaluationConfig:
+    """How an image becomes a map of class scores.
+
+    Args:
+        mode: `whole` image, or `slide` a window over it and average.
+        window: Height and width of the sliding window in pixels of the resized image.
+        stride: Its steps, likewise.
+        short_sides: Sizes of the shorter side for multi-scale evaluation, averaged; empty for the size given by
+            the data alone.
+        max_long_side: Bound of the longer side in multi-scale evaluation.
+        flip: In multi-scale evaluation, average with the mirrored image too.
+    """
+
+    mode: Literal["whole", "slide"] = "whole"
+    window: tuple[int, int] = (512, 512)
+    stride: tuple[int, int] = (341, 341)
+    short_sides: list[int] = field(default_factory=list)
+    max_long_side: int = 3584
+    flip: bool = True
+
+
+class SegmentationModule(TaskModule, abc.ABC):
+    """What the segmentation methods share: evaluation, predictions and the parts of the report."""
+
+    task = "segmentation"
+    monitor = "val/mIoU"
+
+    def __init__(
+        self,
+        num_classes: int,
+        evaluation: EvaluationConfig | dict[str, Any] | None,
+        optim: OptimConfig | dict[str, Any] | None,
+        ema_decay: float | None,
+    ) -> None:
+        super().__init__(optim, ema_decay)
+        self.evaluation = (
+            evaluation if isinstance(evaluation, EvaluationConfig) else EvaluationConfig(**(evaluation or {}))
+        )
+        self.metrics = nn.ModuleDict(
+            {f"{stage}_metrics": SegmentationMetrics(num_classes) for stage in ("val", "test")}
+        )
+        self._extremes = Extremes(PICTURES)
+        self._last: dict[str, Any] = {}
+
+    def load_initial_weights(self, path: str | None) -> None:
+        """Start from a weight file and say what fitted."""
+        if path:
+            rank_zero_info(str(load_weights(self.network, path)))
+
+    @abc.abstractmethod
+    def scores(self, images: Tensor, sizes: list[tuple[int, int]]) -> Iterator[Tensor]:
+        """Class scores (K, H, W) of each image of (B, 3, h, w) in 0..255, resized to its (H, W)."""
+
+    def label_maps(self, images: list[Tensor], sizes: list[tuple[int, int]]) -> Iterator[Tensor]:
+        """Train ids (H, W) of each uint8 image (3, h, w), at its original size; computed in float32."""
+        with torch.autocast(self.device.type, enabled=False):
+            if self.evaluation.short_sides or self.evaluation.mode == "slide":
+                maps: Iterator[Tensor] = map(self._augmented_scores, images, sizes)
+            elif len({image.shape for image in images}) == 1:
+                maps = self.scores(torch.stack(images), sizes)
+            else:
+                maps = (next(self.scores(image[None], [size])) for image, size in zip(images, sizes, strict=True))
+            for scores in maps:
+                yield scores.argmax(dim=0)
+
+    def _augmented_scores(self, image: Tensor, size: tuple[int, int]) -> Tensor:
+        config = self.evaluation
+
+        def whole(view: Tensor) -> Tensor:
+            return next(self.scores(view[None], [(view.shape[-2], view.shape[-1])]))
+
+        def slide(view: Tensor) -> Tensor:
+            return sliding_window_scores(whole, view, config.window, config.stride)
+
+        one_size = slide if config.mode == "slide" else whole
+        if config.short_sides:
+            return multi_scale_scores(one_size, image, config.short_sides, config.max_long_side, size, config.flip)
+        return F.interpolate(one_size(image)[None], size=size, mode="bilinear", align_corners=False)[0]
+
+    # -- evaluation -----------------------------------------------------------------------------------------------
+
+    def evaluation_step(self, batch: dict[str, Any], stage: str) -> None:
+        """Count the label maps of one batch and keep the best and worst images."""
+        metrics = self.metrics[f"{stage}_metrics"]
+        truths = batch["mask"]
+        for id, image, truth, predicted in zip(
+            batch["id"], batch["image"], truths, self.label_maps(batch["image"], batch["size"]), strict=True
+        ):
+            metrics.update(predicted, truth)
+
+            def payload(image: Tensor = image, truth: Tensor = truth, predicted: Tensor = predicted) -> Any:
+                return _small_copies(image, truth, predicted)
+
+            self._extremes.add(id, image_miou(predicted, truth), payload)
+
+    def evaluation_results(self, stage: str) -> dict[str, float | Tensor]:
+        """Return mIoU, fwIoU, mAcc and pAcc of the epoch and keep what the report shows."""
+        metrics: Any = self.metrics[f"{stage}_metrics"]
+        results = metrics.compute()
+        best, worst = self._extremes.gather()
+        self._last = {**{k: v.cpu().numpy() for k, v in results.items()}, "best": best, "worst": worst}
+        metrics.reset()
+        self._extremes = Extremes(PICTURES)
+        return {name: results[name] for name in ("mIoU", "fwIoU", "mAcc", "pAcc")}
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[Prediction]:
+        """Label maps of one batch in the data set's official format, as PNG files."""
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        predictions = []
+        for id, labels in zip(batch["id"], self.label_maps(batch["image"], batch["size"]), strict=True):
+            done, png = cv2.imencode(".png", data.to_official(labels.cpu().numpy()))
+            assert done
+            predictions.append(Prediction(data.prediction_name(id), png.tobytes()))
+        return predictions
+
+    def example_input(self) -> Tensor:
+        """One image of the training crop's size."""
+        data: Any = getattr(self.trainer, "datamodule", None)
+        height, width = data.crop_size
+        return torch.zeros(1, 3, height, width, device=self.device)
+
+    def report_parts(self, datamodule: LightningDataModule) -> ReportParts:
+        """Per-class table and figure, confusion matrix, best and worst images."""
+        if not self._last:
+            return ReportParts()
+        data: Any = datamodule
+        names, palette = list(data.class_names), np.asarray(data.palette, dtype=np.uint8)
+        iou, accuracy, confusion = self._last["IoU"], self._last["Acc"], self._last["confusion"]
+        share = confusion.sum(axis=1) / max(confusion.sum(), 1)
+        rows = [
+            [name, 100 * float(iou[c]), 100 * float(accuracy[c]), 100 * float(share[c])] for c, name in enumerate(names)
+        ]
+        pictures = [
+            Picture("Per-class IoU", "", class_bars(dict(zip(names, iou.tolist(), strict=True)), "IoU")),
+            Picture("Confusion matrix", "", confusion_matrix(confusion, names)),
+        ]
+        for title, samples in (("Best images", self._last["best"]), ("Worst images", self._last["worst"])):
+            for sample in samples:
+                pictures.append(_case(title, sample, palette, names))
+        return ReportParts([Table("Classes", ["class", "IoU %", "accuracy %", "pixels %"], rows)], pictures)
+
+
+class FASeg(SegmentationModule):
+    """FASeg (CVPR 2023, arXiv 2204.01244), or Mask2Former with its three ideas switched off.
+
+    The defaults are FASeg's published model; Mask2Former is `num_layers=9`, `mask_threshold=0.5` and
+    `dynamic_queries`, `high_resolution` and `conditional_positions` false.
+
+    Args:
+        num_classes: Number of classes K; the command line takes it from the data.
+        backbone: Any timm model with maps of strides 4, 8, 16, 32.
+        backbone_norm: `frozen` batch normalisation (ADE20K recipe) or `batch`.
+        pretrained: Start the backbone from timm's ImageNet weights.
+        drop_path_rate: Stochastic depth of the backbone; None keeps the model's default.
+        weights: Official FASeg or Mask2Former release, a backbone's weights, or a checkpoint of ours to start from.
+        hidden_dim: Width of pixel decoder and transformer decoder.
+        mask_dim: Channels of the mask embedding.
+        num_queries: Number of queries Q.
+        num_heads: Attention heads.
+        dim_feedforward: Hidden width of the decoder's feed-forward networks.
+        num_layers: Decoder layers.
+        encoder_layers: Deformable encoder layers in the pixel decoder.
+        encoder_dim_feedforward: Hidden width of theirs.
+        omega_rate: One in how many 1/32 cells is attended at high resolution.
+        mask_threshold: Mask probability below which a position is blocked in masked attention.
+        dynamic_queries: Renew the positional queries in every layer.
+        high_resolution: Attend the selected windows of the 1/4 map in every fourth layer.
+        conditional_positions: Positions of image features by depthwise convolution instead of sines.
+        num_points: Points per mask in matching and losses.
+        auxiliary_weight: Weight of an additional per-pixel cross-entropy on the mask features in training. Not part
+            of the paper; it shortens trainings from scratch. 0 leaves it out.
+        evaluation: Whole image, sliding window, multi-scale.
+        optim: Optimizer, schedule and clipping.
+        ema_decay: Decay of the moving average of the weights; None trains without.
+    """
+
+    network: FASegNetwork
+
+    def __init__(
+        self,
+        num_classes: int,
+        backbone: str = "resnet50",
+        backbone_norm: Literal["frozen", "batch"] = "frozen",
+        pretrained: bool = False,
+        drop_path_rate: float | None = None,
+        weights: str | None = None,
+        hidden_dim: int = 256,
+        mask_dim: int = 256,
+        num_queries: int = 100,
+        num_heads: int = 8,
+        dim_feedforward: int = 2048,
+        num_layers: int = 13,
+        encoder_layers: int = 6,
+        encoder_dim_feedforward: int = 1024,
+        omega_rate: int = 32,
+        mask_threshold: float = 0.15,
+        dynamic_queries: bool = True,
+        high_resolution: bool = True,
+        conditional_positions: bool = True,
+        num_points: int = 12544,
+        auxiliary_weight: float = 0.0,
+        evaluation: EvaluationConfig | None = None,
+        optim: OptimConfig | None = None,
+        ema_decay: float | None = None,
+    ) -> None:
+        arguments = dict(locals())
+        super().__init__(num_classes, evaluation, optim, ema_decay)
+        self.remember_hyperparameters(arguments)
+        features = create_features(
+            backbone, pretrained=pretrained and not weights, norm=backbone_norm, drop_path_rate=drop_path_rate
+        )
+        self.network = FASegNetwork(
+            features,
+            features.channels,
+            num_classes,
+            hidden_dim=hidden_dim,
+            mask_dim=mask_dim,
+            num_queries=num_queries,
+            num_heads=num_heads,
+            dim_feedforward=dim_feedforward,
+            num_layers=num_layers,
+            encoder_layers=encoder_layers,
+            encoder_dim_feedforward=encoder_dim_feedforward,
+            omega_rate=omega_rate,
+            mask_threshold=mask_threshold,
+            dynamic_queries=dynamic_queries,
+            high_resolution=high_resolution,
+            conditional_positions=conditional_positions,
+        )
+        self.criterion = SetCriterion(num_classes, num_points)
+        self.load_initial_weights(weights)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Deeply supervised mask classification loss of one batch."""
+        outputs = self.network(batch["image"])
+        losses = self.criterion(outputs, semantic_segments(batch["mask"]))
+        total = self.criterion.total(losses)
+        self.log("train/loss", total, prog_bar=True)
+        for name in ("loss_ce", "loss_mask", "loss_dice"):
+            self.log(f"train/{name}", losses[name])
+        return total
+
+    def scores(self, images: Tensor, sizes: list[tuple[int, int]]) -> Iterator[Tensor]:
+        """Class probability times mask probability, summed over queries."""
+        outputs = self.network(images)
+        input_size = (images.shape[-2], images.shape[-1])
+        for logits, masks, size in zip(outputs["pred_logits"], outputs["pred_masks"], sizes, strict=True):
+            yield semantic_inference(logits, masks, input_size, size)
+
+
+class SemanticFPN(SegmentationModule):
+    """Semantic FPN (arXiv 1901.02446): the per-pixel baseline of the LIT papers.
+
+    Args:
+        num_classes: Number of classes K; the command line takes it from the data.
+        backbone: Any timm model with maps of strides 4, 8, 16, 32.
+        backbone_norm: `batch` normalisation or `frozen`.
+        pretrained: Start the backbone from timm's ImageNet weights.
+        drop_path_rate: Stochastic depth of the backbone; None keeps the model's default.
+        weights: A backbone's weights, or a checkpoint of ours to start from.
+        evaluation: Whole image, sliding window, multi-scale.
+        optim: Optimizer, schedule and clipping.
+        ema_decay: Decay of the moving average of the weights; None trains without.
+    """
+
+    network: SemanticFPNNetwork
+
+    def __init__(
+        self,
+        num_classes: int,
+        backbone: str = "resnet50",
+        backbone_norm: Literal["frozen", "batch"] = "batch",
+        pretrained: bool = False,
+        drop_path_rate: float | None = None,
+        weights: str | None = None,
+        evaluation: EvaluationConfig | None = None,
+        optim: OptimConfig | None = None,
+        ema_decay: float | None = None,
+    ) -> None:
+        arguments = dict(locals())
+        super().__init__(num_classes, evaluation, optim, ema_decay)
+        self.remember_hyperparameters(arguments)
+        features = create_features(
+            backbone, pretrained=pretrained and not weights, norm=backbone_norm, drop_path_rate=drop_path_rate
+        )
+        self.network = SemanticFPNNetwork(features, num_classes)
+        self.load_initial_weights(weights)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Per-pixel cross-entropy of one batch."""
+        loss = self.network.loss(self.network(batch["image"]), batch["mask"])
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def scores(self, images: Tensor, sizes: list[tuple[int, int]]) -> Iterator[Tensor]:
+        """Logits upsampled to the padded input, cropped and resized."""
+        logits = self.network(images)
+        height, width = images.shape[-2:]
+        padded = F.interpolate(logits, scale_factor=4, mode="bilinear", align_corners=False)[..., :height, :width]
+        for image_scores, size in zip(padded, sizes, strict=True):
+            yield F.interpolate(image_scores[None], size=size, mode="bilinear", align_corners=False)[0]
+
+
+def _small_copies(image: Tensor, truth: Tensor, predicted: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Image (h, w, 3) and label maps, small enough to keep and of one size."""
+    truth_map, predicted_map = (thumbnail(labels.cpu().numpy().astype(np.uint8)) for labels in (truth, predicted))
+    resized = F.interpolate(image[None].float(), size=truth_map.shape, mode="bilinear", antialias=True)[0]
+    return resized.round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy(), truth_map, predicted_map
+
+
+def _case(title: str, sample: Sample, palette: np.ndarray, names: list[str]) -> Picture:
+    image, truth, predicted = sample.payload
+    caption = f"{sample.id}: mean IoU {100 * sample.score:.1f} %"
+    return Picture(title, caption, side_by_side(image, truth, predicted, palette, names))
