@@ -40,7 +40,7 @@ def curve_panels(curves: Mapping[str, Curve]) -> list[tuple[str, bytes]]:
 
 
 def class_bars(values: Mapping[str, float], label: str) -> bytes:
-    """Horizontal bars, one per class with a value, largest first, as PNG; of more than 40 classes the 20 first and 20 last."""
+    """Bars of the classes that have a value, largest first, as PNG; of more than 40 the first and last 20."""
     known = [(name, value) for name, value in values.items() if not np.isnan(value)]
     ranked = sorted(known, key=lambda item: -item[1])
     if len(ranked) > MAX_BARS:
