@@ -45,7 +45,7 @@ class SwinFeatures(nn.Module):
         self.channels = [embed_dim * 2**i for i in range(len(depths))]
         self.strides = [4 * 2**i for i in range(len(depths))]
         self.patch_embed = PatchEmbed(embed_dim)
-        rates = torch.linspace(0, drop_path_rate, sum(depths)).tolist()
+        rates = [drop_path_rate * i / max(1, sum(depths) - 1) for i in range(sum(depths))]
         self.layers = nn.ModuleList(
             SwinStage(
                 dim,

@@ -44,10 +44,8 @@ def official_state_dict(network: FASegNetwork) -> dict[str, Tensor]:
 
     Raises UserError for a backbone that is neither a ResNet nor a Swin: the official code has no names for it.
     """
-    weights = {name: tensor.detach().cpu() for name, tensor in network.state_dict().items()}
-    constants = {
-        name: buffer.cpu() for name, buffer in network.named_buffers() if name.endswith("relative_position_index")
-    }
+    weights = network.state_dict()
+    constants = {name: buffer for name, buffer in network.named_buffers() if name.endswith("relative_position_index")}
     if "backbone.patch_embed.proj.weight" in weights and "backbone.norm0.weight" in weights:
         backbone = TO_OFFICIAL_SWIN
     elif "backbone.body.layer1.0.conv3.weight" in weights:
@@ -65,7 +63,7 @@ def export_weights(network: FASegNetwork, path: str | Path) -> None:
     path = Path(path)
     if path.suffix not in (".safetensors", ".pth"):
         raise UserError(f"{path}: exported weights are written as .safetensors or .pth")
-    tensors = {name: tensor.contiguous() for name, tensor in official_state_dict(network).items()}
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in official_state_dict(network).items()}
     temporary = path.with_name(f".{path.name}.part")
     try:
         if path.suffix == ".pth":
