@@ -41,8 +41,9 @@ def render_digit(image: np.ndarray, size: int, angle: float, shear: float = 0.0,
     The result is `supersampling` times larger than asked for, (size * supersampling, size * supersampling), so that
     thresholding it and averaging blocks gives antialiased shapes. What turns out of the square is cut.
     """
-    # Cubic interpolation is done once by a plain resize; warping the enlarged image bilinearly is eight times cheaper.
-    smooth = cv2.resize(image, None, fx=8, fy=8, interpolation=cv2.INTER_CUBIC)
+    # Enlarging by cubic interpolation and then warping bilinearly costs a fifth of a cubic warp.
+    enlarge = _cubic_weights(image.shape[0], 64)
+    smooth = enlarge @ image @ enlarge.T
     side = size * supersampling
     cosine, sine = np.cos(np.radians(angle)), np.sin(np.radians(angle))
     matrix = side / smooth.shape[0] * np.array([[cosine, -sine + shear], [sine, cosine]])
@@ -50,6 +51,12 @@ def render_digit(image: np.ndarray, size: int, angle: float, shear: float = 0.0,
     offset = centre_after - matrix @ np.array([centre_before, centre_before])
     drawn = cv2.warpAffine(smooth, np.column_stack([matrix, offset]), (side, side), flags=cv2.INTER_LINEAR)
     return drawn.clip(0, 1)
+
+
+@cache
+def _cubic_weights(before: int, after: int) -> np.ndarray:
+    """Matrix (after, before) that resizes one axis by cubic interpolation; for small images faster than OpenCV."""
+    return cv2.resize(np.eye(before, dtype=np.float32), (before, after), interpolation=cv2.INTER_CUBIC)
 
 
 def average_blocks(image: np.ndarray, factor: int) -> np.ndarray:
@@ -63,7 +70,8 @@ def textured_background(generator: np.random.Generator, height: int, width: int)
     cells = int(generator.integers(2, 6))
     colour = generator.uniform(30, 225, 3)
     field = colour + generator.normal(0, generator.uniform(5, 30), (cells, cells, 3))
-    smooth = cv2.resize(field.astype(np.float32), (width, height), interpolation=cv2.INTER_CUBIC)
+    rows = (_cubic_weights(cells, height) @ field.astype(np.float32).reshape(cells, -1)).reshape(height, cells, 3)
+    smooth = _cubic_weights(cells, width) @ rows
     grain = generator.standard_normal((height, width, 1), dtype=np.float32) * generator.uniform(2, 12)
     return np.clip(smooth + grain, 0, 255).astype(np.float32)
 

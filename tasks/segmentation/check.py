@@ -83,7 +83,7 @@ def _read_all(samples: list[Sample], labels: LabelTable, num_workers: int, title
     # Decoding releases the interpreter lock, so threads are enough.
     with ThreadPoolExecutor(max(1, num_workers)) as pool:
         readings: Iterator[_Reading] = pool.map(lambda sample: _read(sample, labels), samples)
-        yield from track(readings, description=title, total=len(samples), transient=True)
+        yield from track(readings, title, len(samples), console=Console(stderr=True), transient=True)
 
 
 def _read(sample: Sample, labels: LabelTable) -> _Reading:

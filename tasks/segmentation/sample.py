@@ -4,6 +4,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+from rich.console import Console
 from rich.progress import track
 
 from tasks.core.sample import average_blocks, digit_images, render_digit, textured_background
@@ -23,7 +24,7 @@ PALETTE = (
     (90, 90, 90),
 )
 BACKGROUND = len(CLASS_NAMES)  # as written to the annotation: train id + 1, where 0 means "other"
-INK = 0.35  # an upscaled digit is solid where its ink exceeds this share of the maximum
+INK = 0.45  # an upscaled digit is solid where its ink exceeds this share of the maximum
 
 
 def write_sample(
@@ -43,7 +44,8 @@ def write_sample(
         images.mkdir(parents=True, exist_ok=True)
         annotations.mkdir(parents=True, exist_ok=True)
         digits, labels = digit_images(split)
-        for number in track(range(1, count + 1), description=f"Writing sample scenes ({folder})", transient=True):
+        title = f"Writing sample scenes ({folder})"
+        for number in track(range(1, count + 1), title, console=Console(stderr=True), transient=True):
             generator = np.random.default_rng((seed, split == "val", number))
             image, annotation = draw_scene(generator, digits, labels, image_size)
             name = f"{prefix}_{number:08d}"
