@@ -90,7 +90,9 @@ def network_of_config(text):
     cityscapes = "cityscapes" in config
     swin = re.search(r"swin_(tiny|small|base|large)", config)
     name = SWIN_NAMES[swin[1]] if swin else "resnet50"
-    return network_of(name, 19 if cityscapes else 150, "/faseg" in config, trained_norm=cityscapes)
+    return network_of(
+        name, 19 if cityscapes else 150, config.rpartition("/")[2].startswith("faseg"), trained_norm=cityscapes
+    )
 
 
 def network_of_keys(keys):
