@@ -5,20 +5,24 @@ LightningCLI with short class names, an import allow-list, one-line errors and a
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import itertools
 import re
 import sys
+import typing
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
+import yaml
 from jsonargparse import set_parsing_settings
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from backbones.checkpoint import CheckpointError
 from tasks.core.data import TaskDataModule
@@ -34,31 +38,68 @@ PROJECT = Path(__file__).resolve().parents[2]
 class Parser(LightningArgumentParser):
     """A parser whose errors are one line: what is wrong and the nearest thing that would be right."""
 
+    vocabulary: ClassVar[list[str]] = []  # dotted names of what the task's classes take
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print the message, the nearest valid option where one is misspelt, and stop with exit code 2."""
+        """Print one line and stop with exit code 2."""
         parser = getattr(ex, "subcommand_parser", None) or self
-        print(f"error: {one_line(message, parser)}", file=sys.stderr)
+        known = [*self.vocabulary, *(action.dest for action in parser._actions if action.dest)]
+        print(f"error: {one_line(message, known)}", file=sys.stderr)
         raise SystemExit(2)
 
 
-def one_line(message: str, parser: LightningArgumentParser) -> str:
-    """jsonargparse's nested message as one line, ending with the nearest valid key if one was misspelt."""
-    lines = [line.strip(" -") for line in message.splitlines() if line.strip()]
-    text = " ".join(lines)
-    wrong = re.search(
-        r"[Uu]nrecognized arguments: --([\w.]+)|[Kk]ey ['\"]([\w.]+)['\"] (?:is not expected|not)|option '([\w.]+)'",
-        text,
-    )
-    if wrong:
-        key = next(group for group in wrong.groups() if group)
-        nearest = difflib.get_close_matches(key, known_keys(parser), n=1, cutoff=0.5)
-        text += f" Did you mean '{nearest[0]}'?" if nearest else ""
-    return text
+def one_line(message: str, known: Sequence[str]) -> str:
+    """Reduce jsonargparse's nested message to its cause; a misspelt name is compared with the dotted names `known`."""
+    if denied := re.search(r"Importing '([\w.]+)' is not allowed", message):
+        return (
+            f"{denied[1]} is outside the packages that a configuration may import ({', '.join(ALLOWED_IMPORTS)}); "
+            "--allow-import PACKAGE adds one that you trust"
+        )
+    for pattern in (r"[Uu]nrecognized arguments: (?:--)?([\w.]+)", r"Option '([\w.]+)' is not accepted"):
+        if unknown := re.search(pattern, message):
+            return f"unknown option '{unknown[1]}'{nearest(unknown[1], known)}"
+    text = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", message).replace("typing.", "")
+    key = re.search(r'Parser key "([\w.]+)"', text)
+    value = re.search(r"Given value: (.*)\Z|Got value: (.*)\Z", text, re.DOTALL)
+    if not key or not value:
+        return " ".join(text.split())
+    given = " ".join((value[1] or value[2]).split())
+    if class_name := re.search(r"Expected a dot import path string: (\S+)", text):
+        return f"{key[1]}: no class {class_name[1]!r}{nearest(class_name[1], known)}"
+    expected = dict.fromkeys(re.findall(r"Expected an? ([^\n]+?)(?:\. Got value.*)?(?=\n|\Z)", text, re.DOTALL))
+    wanted = " or ".join(kind for kind in expected if not kind.startswith("path but"))
+    return f"{key[1]}: expected {wanted}, got {given}" if wanted else " ".join(text.split())
 
 
-def known_keys(parser: LightningArgumentParser) -> list[str]:
-    """Every option of the parser by its dotted name."""
-    return sorted({action.dest for action in parser._actions if action.dest})
+def nearest(name: str, known: Sequence[str]) -> str:
+    """A question naming the known option or class closest to `name`, if one is close."""
+    leaf, known = name.rpartition(".")[2], [*known, *sorted({option.partition(".")[0] for option in known})]
+    group = name.partition(".")[0]
+    if "." in name and group not in known:  # the first part alone is misspelt
+        name, leaf = (group, group) if not difflib.get_close_matches(name, known, n=1, cutoff=0.75) else (name, leaf)
+    by_leaf = {option.rpartition(".")[2]: option for option in reversed(known)}
+    full = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+    leaves = difflib.get_close_matches(leaf, list(by_leaf), n=1, cutoff=0.6)
+    found = full[0] if full else by_leaf[leaves[0]] if leaves else None
+    return f"; did you mean '{found}'?" if found else ""
+
+
+def vocabulary(base: type, key: str) -> list[str]:
+    """Class names and dotted options of all subclasses of `base`, which is given under `key`."""
+    classes = [base]
+    for cls in classes:  # grows while it is walked
+        classes.extend(cls.__subclasses__())
+    names: list[str] = [cls.__name__ for cls in classes]
+    for cls in classes:
+        for name, hint in typing.get_type_hints(vars(cls).get("__init__", object)).items():
+            names.append(f"{key}.{name}")
+            for inner in (hint, *typing.get_args(hint)):
+                if dataclasses.is_dataclass(inner):
+                    names += [f"{key}.{name}.{field.name}" for field in dataclasses.fields(inner)]
+    return sorted(set(names) - {f"{key}.return"})
 
 
 class TaskTrainer(Trainer):
@@ -93,18 +134,21 @@ class CLI(LightningCLI):
             raise UserError(f"--ckpt_path: {ckpt_path} is not a file; expected a checkpoint such as runs/.../last.ckpt")
 
     def before_instantiate_classes(self) -> None:
-        """`check` needs the data alone."""
+        """Stop without a model or data; `check` needs the data alone."""
+        for key in ("model", "data"):
+            if self._get(self.config, key) is None:
+                raise UserError(f"no {key} was given; name a configuration, e.g. -c configs/sample/faseg.yaml")
         if self.subcommand == "check":
             config = self.config["check"]
             parser = Parser()
-            parser.add_subclass_arguments(self._datamodule_class, "data")
+            parser.add_subclass_arguments(TaskDataModule, "data")
             datamodule = parser.instantiate_classes(parser.parse_object({"data": config["data"]})).data
             raise SystemExit(0 if datamodule.check() else 1)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add the run folder, loggers, checkpoints, progress bar, report and prediction writer."""
         config = self._get(self.config_init, "trainer")
-        self.report = ReportCallback()
+        self.report = ReportCallback(config=self.run_name)
         callbacks: list[Callback] = [self.report]
         if config.enable_progress_bar is not False:
             callbacks.append(RichProgressBar(leave=False))
@@ -175,7 +219,21 @@ def prepare_arguments(args: list[str]) -> list[str]:
             if not (PROJECT / value).is_file():
                 raise UserError(f"{flag} {value}: no such file; `python -m tasks` lists the configurations")
             args[at] = str(PROJECT / value)
+        if flag in ("-c", "--config"):
+            check_syntax(Path(args[at]))
     return args
+
+
+def check_syntax(path: Path) -> None:
+    """Raise `UserError` unless the file can be read and holds YAML options."""
+    try:
+        options = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(options, dict):
+        raise UserError(f"{path}: holds {type(options).__name__}; expected options such as 'model:' and 'data:'")
 
 
 def main(module: type[TaskModule], datamodule: type[TaskDataModule], args: list[str] | None = None) -> None:
@@ -191,6 +249,7 @@ def main(module: type[TaskModule], datamodule: type[TaskDataModule], args: list[
             sys.argv[1:] = prepare_arguments(sys.argv[1:])
         else:
             args = prepare_arguments(args)
+        Parser.vocabulary = [*vocabulary(module, "model"), *vocabulary(datamodule, "data")]
         cli = CLI(
             module,
             datamodule,
@@ -207,5 +266,5 @@ def main(module: type[TaskModule], datamodule: type[TaskDataModule], args: list[
     except (UserError, CheckpointError, MisconfigurationException) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    if cli.report.path and rank_zero_only.rank == 0:
+    if cli.report.path:  # rank 0 alone wrote it
         print(f"report: {cli.report.path}", flush=True)

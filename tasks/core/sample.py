@@ -66,9 +66,9 @@ def average_blocks(image: np.ndarray, factor: int) -> np.ndarray:
 
 
 def textured_background(generator: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """Draw a smooth random colour field with grain; float32 (height, width, 3) in [0, 255]."""
+    """Draw a smooth field of a dark random colour with grain; float32 (height, width, 3) in [0, 255]."""
     cells = int(generator.integers(2, 6))
-    colour = generator.uniform(30, 225, 3)
+    colour = generator.uniform(20, 110, 3)
     field = colour + generator.normal(0, generator.uniform(5, 30), (cells, cells, 3))
     rows = (_cubic_weights(cells, height) @ field.astype(np.float32).reshape(cells, -1)).reshape(height, cells, 3)
     smooth = _cubic_weights(cells, width) @ rows

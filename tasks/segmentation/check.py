@@ -13,8 +13,8 @@ from rich.progress import track
 from rich.table import Table
 
 from tasks.core.data import DataError
+from tasks.segmentation.labels import IGNORE
 from tasks.segmentation.reading import LabelTable, Sample, read_pair
-from tasks.segmentation.transforms import IGNORE
 
 if TYPE_CHECKING:
     from tasks.segmentation.datamodule import SegmentationDataModule

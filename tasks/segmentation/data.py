@@ -12,15 +12,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import albumentations as A
 import numpy as np
 
 from tasks.core.data import DataError
 from tasks.core.sample import cache_folder, write_folder_once
 from tasks.segmentation import sample
 from tasks.segmentation.datamodule import ADE20K_SHORT_SIDES, Palette, SegmentationDataModule
+from tasks.segmentation.labels import IGNORE
 from tasks.segmentation.reading import LabelTable, Listing
-from tasks.segmentation.transforms import IGNORE
 
 # Train id, name, value in *_labelIds.png, colour: the 19 evaluated classes of the Cityscapes label table.
 CITYSCAPES_CLASSES = (
@@ -137,10 +136,6 @@ class DigitScenes(ADE20K):
     def palette(self) -> Palette:
         """RGB colours of the classes, by train id."""
         return sample.PALETTE
-
-    def color_transforms(self) -> list[A.BasicTransform]:
-        """Return colour jitter, and transforms after which a digit is still the same digit."""
-        return [*super().color_transforms(), A.ChannelShuffle(p=0.5), A.InvertImg(p=0.5)]
 
     def prepare_data(self) -> None:
         """Write the sample unless it is there already."""

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
 from backbones.features import create_features
+from tasks.core.errors import UserError
 from tasks.core.evaluation import Extremes, Sample
 from tasks.core.module import TaskModule
 from tasks.core.optim import OptimConfig
@@ -25,11 +26,11 @@ from tasks.core.report.figures import class_bars, confusion_matrix, side_by_side
 from tasks.segmentation.faseg.criterion import SetCriterion, semantic_segments
 from tasks.segmentation.faseg.inference import multi_scale_scores, semantic_inference, sliding_window_scores
 from tasks.segmentation.faseg.network import FASegNetwork
+from tasks.segmentation.labels import pixel_cross_entropy
 from tasks.segmentation.metrics import SegmentationMetrics, image_miou
 from tasks.segmentation.semantic_fpn import SemanticFPNNetwork
 from tasks.segmentation.weights import load_weights
 
-IGNORE = 255
 PICTURES = 4  # best and worst images in the report, each
 
 
@@ -117,7 +118,7 @@ class SegmentationModule(TaskModule, abc.ABC):
 
     def evaluation_step(self, batch: dict[str, Any], stage: str) -> None:
         """Count the label maps of one batch and keep the best and worst images."""
-        metrics = self.metrics[f"{stage}_metrics"]
+        metrics: Any = self.metrics[f"{stage}_metrics"]
         truths = batch["mask"]
         for id, image, truth, predicted in zip(
             batch["id"], batch["image"], truths, self.label_maps(batch["image"], batch["size"]), strict=True
@@ -242,9 +243,7 @@ class FASeg(SegmentationModule):
         arguments = dict(locals())
         super().__init__(num_classes, evaluation, optim, ema_decay)
         self.remember_hyperparameters(arguments)
-        features = create_features(
-            backbone, pretrained=pretrained and not weights, norm=backbone_norm, drop_path_rate=drop_path_rate
-        )
+        features = _backbone(backbone, backbone_norm, pretrained and not weights, drop_path_rate)
         self.network = FASegNetwork(
             features,
             features.channels,
@@ -262,7 +261,9 @@ class FASeg(SegmentationModule):
             dynamic_queries=dynamic_queries,
             high_resolution=high_resolution,
             conditional_positions=conditional_positions,
+            auxiliary_head=auxiliary_weight > 0,
         )
+        self.auxiliary_weight = auxiliary_weight
         self.criterion = SetCriterion(num_classes, num_points)
         self.load_initial_weights(weights)
 
@@ -271,8 +272,11 @@ class FASeg(SegmentationModule):
         outputs = self.network(batch["image"])
         losses = self.criterion(outputs, semantic_segments(batch["mask"]))
         total = self.criterion.total(losses)
+        if "pixel_logits" in outputs:
+            losses["loss_pixel"] = pixel_cross_entropy(outputs["pixel_logits"], batch["mask"])
+            total = total + self.auxiliary_weight * losses["loss_pixel"]
         self.log("train/loss", total, prog_bar=True)
-        for name in ("loss_ce", "loss_mask", "loss_dice"):
+        for name in sorted(losses.keys() & {"loss_ce", "loss_mask", "loss_dice", "loss_pixel"}):
             self.log(f"train/{name}", losses[name])
         return total
 
@@ -316,15 +320,13 @@ class SemanticFPN(SegmentationModule):
         arguments = dict(locals())
         super().__init__(num_classes, evaluation, optim, ema_decay)
         self.remember_hyperparameters(arguments)
-        features = create_features(
-            backbone, pretrained=pretrained and not weights, norm=backbone_norm, drop_path_rate=drop_path_rate
-        )
+        features = _backbone(backbone, backbone_norm, pretrained and not weights, drop_path_rate)
         self.network = SemanticFPNNetwork(features, num_classes)
         self.load_initial_weights(weights)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Per-pixel cross-entropy of one batch."""
-        loss = self.network.loss(self.network(batch["image"]), batch["mask"])
+        loss = pixel_cross_entropy(self.network(batch["image"]), batch["mask"])
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
@@ -335,6 +337,13 @@ class SemanticFPN(SegmentationModule):
         padded = F.interpolate(logits, scale_factor=4, mode="bilinear", align_corners=False)[..., :height, :width]
         for image_scores, size in zip(padded, sizes, strict=True):
             yield F.interpolate(image_scores[None], size=size, mode="bilinear", align_corners=False)[0]
+
+
+def _backbone(name: str, norm: Literal["frozen", "batch"], pretrained: bool, drop_path_rate: float | None) -> Any:
+    try:
+        return create_features(name, pretrained=pretrained, norm=norm, drop_path_rate=drop_path_rate)
+    except (ValueError, RuntimeError) as error:  # says what is wrong with the name, or that no weights were found
+        raise UserError(f"model.backbone: {error}") from error
 
 
 def _small_copies(image: Tensor, truth: Tensor, predicted: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from tasks.core.data import DataError
-from tasks.segmentation.transforms import IGNORE
+from tasks.segmentation.labels import IGNORE
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 INVALID = -1

@@ -58,12 +58,15 @@ def write_sample(
 def draw_scene(
     generator: np.random.Generator, digits: np.ndarray, labels: np.ndarray, size: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draw 2 to 5 digits on a textured background; returns image (size, size, 3) and annotation (size, size), uint8."""
+    """Draw 2 to 4 light digits on a dark textured background.
+
+    Returns image (size, size, 3) and annotation (size, size), uint8.
+    """
     image = textured_background(generator, size, size)
     annotation = np.full((size, size), BACKGROUND, dtype=np.uint8)
-    for _ in range(generator.integers(2, 6)):
+    for _ in range(generator.integers(2, 5)):
         choice = int(generator.integers(len(labels)))
-        side = int(generator.integers(size * 20 // 64, size * 36 // 64 + 1))
+        side = int(generator.integers(size * 24 // 64, size * 36 // 64 + 1))
         ink = render_digit(digits[choice], side, generator.uniform(-15, 15), generator.uniform(-0.15, 0.15))
         coverage = average_blocks(ink > INK, 3)  # (side, side), share of each pixel inside the digit
         top, left = (int(v) for v in generator.integers(0, size - side + 1, 2))
@@ -79,7 +82,7 @@ def _paste(
     value: int,
     position: tuple[int, int],
 ) -> None:
-    """Paint one digit in a random colour that stands out, unless it would hide much of an earlier digit."""
+    """Paint one digit in a random light colour, unless it would hide much of an earlier digit."""
     top, left = position
     side = coverage.shape[0]
     window = (slice(top, top + side), slice(left, left + side))
@@ -87,10 +90,7 @@ def _paste(
     covered = annotation[window][inside]
     if np.count_nonzero((covered != BACKGROUND) & (covered != 0)) > 0.1 * covered.size:
         return
-    under = np.array(cv2.mean(image[window])[:3])
-    colour = generator.uniform(0, 255, 3)
-    while np.abs(colour - under).max() < 70:
-        colour = generator.uniform(0, 255, 3)
+    colour = generator.uniform(150, 255, 3)
     grain = 6 * generator.standard_normal((side, side, 1), dtype=np.float32)
     image[window] += coverage[..., None] * (colour.astype(np.float32) + grain - image[window])
     annotation[window][(coverage > 0.25) & ~inside] = 0

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 
 from tasks.segmentation.preprocess import Preprocess
 
-IGNORE = 255
-
 
 class SemanticFPNNetwork(nn.Module):
     """Classify every pixel of an image; `backbone` returns four maps and has `channels` and `strides`.
@@ -34,16 +32,6 @@ class SemanticFPNNetwork(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, K, H'/4, W'/4) of RGB images (B, 3, H, W) in 0..255; H', W' are padded to multiples of 32."""
         return self.head(self.neck(self.backbone(self.preprocess(images))))
-
-    def loss(self, logits: Tensor, mask: Tensor) -> Tensor:
-        """Mean cross-entropy over the pixels of `mask` (B, H, W) that are not 255; 0 if there are none.
-
-        `logits` are those of `forward`; upsampled to the padded image they are cut to the size of the labels.
-        """
-        height, width = mask.shape[-2:]
-        logits = F.interpolate(logits.float(), scale_factor=4, mode="bilinear", align_corners=False)
-        loss = F.cross_entropy(logits[..., :height, :width], mask.long(), ignore_index=IGNORE, reduction="sum")
-        return loss / (mask != IGNORE).sum().clamp(min=1)
 
 
 class FPN(nn.Module):

@@ -11,7 +11,8 @@ import cv2
 import numpy as np
 from PIL import Image
 
-IGNORE = 255
+from tasks.segmentation.labels import IGNORE
+
 PAD_VALUE = 128
 
 

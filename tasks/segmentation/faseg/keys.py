@@ -49,4 +49,4 @@ HEAD_KEYS: Table = [
 ]
 
 # The other direction, for export. The official `criterion.empty_weight` has no counterpart here.
-OFFICIAL_HEAD_KEYS: Table = [_row(ours, official) for ours, official in _PREFIXES]
+OFFICIAL_HEAD_KEYS: Table = [(r"^auxiliary_head\.", None), *(_row(ours, official) for ours, official in _PREFIXES)]

@@ -19,7 +19,7 @@ def matching_costs(
     P points.
     """
     cost_class = -torch.take_along_dim(class_logits.softmax(dim=-1), labels.unsqueeze(-2), dim=-1)
-    # Binary cross-entropy of all pairs: softplus(a) where the target is 0, softplus(-a) = softplus(a) - a where it is 1.
+    # Binary cross-entropy of all pairs: softplus(a) where the target is 0, softplus(-a) = softplus(a) - a elsewhere.
     negative = F.softplus(mask_logits)
     cost_mask = (negative.sum(dim=-1, keepdim=True) - mask_logits @ masks.mT) / mask_logits.shape[-1]
     probability = mask_logits.sigmoid()

@@ -17,7 +17,8 @@ class FASegNetwork(nn.Module):
 
     `backbone` maps normalised images (B, 3, H, W) to four maps of strides 4, 8, 16, 32 with `channels` channels.
     FASeg's three ideas are switches: `dynamic_queries`, `high_resolution` attention and `conditional_positions`.
-    Mask2Former is all three off, `num_layers=9` and `mask_threshold=0.5`.
+    Mask2Former is all three off, `num_layers=9` and `mask_threshold=0.5`. `auxiliary_head` adds a per-pixel classifier
+    of the mask features for training.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class FASegNetwork(nn.Module):
         dynamic_queries: bool = True,
         high_resolution: bool = True,
         conditional_positions: bool = True,
+        auxiliary_head: bool = False,
     ) -> None:
         super().__init__()
         self.num_classes = num_classes
@@ -66,18 +68,24 @@ class FASegNetwork(nn.Module):
             dynamic_queries=dynamic_queries,
             high_resolution=high_resolution,
         )
+        self.auxiliary_head = nn.Conv2d(mask_dim, num_classes, 1) if auxiliary_head else None
 
     def forward(self, images: Tensor) -> dict[str, Any]:
         """Predict from RGB images (B, 3, H, W), uint8 or floating point, in 0..255.
 
         Returns `pred_logits` (B, Q, K + 1), the last class being "no object", `pred_masks` (B, Q, H/4, W/4) logits of
-        the padded image, and `aux_outputs`, the same two for every earlier decoder stage.
+        the padded image, and `aux_outputs`, the same two for every earlier decoder stage; in training with an auxiliary
+        head also `pixel_logits` (B, K, H/4, W/4).
         """
-        *auxiliary, (logits, masks) = self.decoder(self.pixel_decoder(self.backbone(self.preprocess(images))))
-        return {
+        pixels = self.pixel_decoder(self.backbone(self.preprocess(images)))
+        *auxiliary, (logits, masks) = self.decoder(pixels)
+        outputs = {
             "pred_logits": logits,
             "pred_masks": masks,
             "aux_outputs": [
                 {"pred_logits": aux_logits, "pred_masks": aux_masks} for aux_logits, aux_masks in auxiliary
             ],
         }
+        if self.auxiliary_head is not None and self.training:
+            outputs["pixel_logits"] = self.auxiliary_head(pixels.mask_features)
+        return outputs
