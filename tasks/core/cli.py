@@ -236,6 +236,15 @@ def check_syntax(path: Path) -> None:
         raise UserError(f"{path}: holds {type(options).__name__}; expected options such as 'model:' and 'data:'")
 
 
+def message_for_user(error: BaseException | None) -> str | None:
+    """The message of the error, or of the one it was made from, that is meant for the user; None for a defect."""
+    while error is not None:
+        if isinstance(error, UserError | CheckpointError | MisconfigurationException):
+            return str(error)
+        error = error.__cause__ or error.__context__  # jsonargparse wraps what a constructor raises
+    return None
+
+
 def main(module: type[TaskModule], datamodule: type[TaskDataModule], args: list[str] | None = None) -> None:
     """Run the command line of one task and print the path of the report last.
 
@@ -263,8 +272,11 @@ def main(module: type[TaskModule], datamodule: type[TaskDataModule], args: list[
             load_from_checkpoint_support=False,
             args=args,
         )
-    except (UserError, CheckpointError, MisconfigurationException) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except Exception as error:
+        message = message_for_user(error)
+        if message is None:
+            raise
+        print(f"error: {message}", file=sys.stderr)
         raise SystemExit(2) from None
     if cli.report.path:  # rank 0 alone wrote it
         print(f"report: {cli.report.path}", flush=True)
