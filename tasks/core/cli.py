@@ -18,7 +18,7 @@ from typing import Any, ClassVar, NoReturn
 import yaml
 from jsonargparse import set_parsing_settings
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -151,7 +151,8 @@ class CLI(LightningCLI):
         self.report = ReportCallback(config=self.run_name)
         callbacks: list[Callback] = [self.report]
         if config.enable_progress_bar is not False:
-            callbacks.append(RichProgressBar(leave=False))
+            # rich draws nothing into a log file
+            callbacks.append(RichProgressBar() if sys.stdout.isatty() else TQDMProgressBar(refresh_rate=50))
         if config.logger is None and not config.fast_dev_run:
             csv = CSVLogger(self.run_folder, name=self.run_name)
             kwargs["logger"] = [csv, TensorBoardLogger(self.run_folder, name=self.run_name, version=csv.version)]
