@@ -17,7 +17,7 @@ import numpy as np
 from tasks.core.data import DataError
 from tasks.core.sample import cache_folder, write_folder_once
 from tasks.segmentation import sample
-from tasks.segmentation.datamodule import ADE20K_SHORT_SIDES, Palette, SegmentationDataModule
+from tasks.segmentation.datamodule import Palette, SegmentationDataModule
 from tasks.segmentation.labels import IGNORE
 from tasks.segmentation.reading import LabelTable, Listing
 
@@ -43,7 +43,7 @@ CITYSCAPES_CLASSES = (
     ("motorcycle", 32, (0, 0, 230)),
     ("bicycle", 33, (119, 11, 32)),
 )
-CITYSCAPES_SHORT_SIDES = tuple(2 * side for side in ADE20K_SHORT_SIDES)
+CITYSCAPES_SHORT_SIDES = tuple(1024 * tenths // 10 for tenths in range(5, 21))  # 512, 614, 716, 819, … 2048
 VAL_FRACTION = 0.1
 
 

@@ -1,5 +1,6 @@
 """What the datamodules of segmentation share: options, data sets, batches."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +17,7 @@ from tasks.segmentation.check import check_dataset, print_result
 from tasks.segmentation.reading import LabelTable, Listing, Sample, find_images, pair_files, read_image, read_pair
 from tasks.segmentation.transforms import SSDColorJitter, resize_image, resized_size, train_transforms
 
-ADE20K_SHORT_SIDES = (256, 307, 358, 409, 460, 512, 563, 614, 665, 716, 768, 819, 870, 921, 972, 1024)
+ADE20K_SHORT_SIDES = tuple(512 * tenths // 10 for tenths in range(5, 21))  # 256, 307, 358, 409, … 1024
 SAMPLE_COMMAND = "python -m tasks.segmentation fit -c configs/sample/faseg.yaml"
 Palette = Sequence[tuple[int, int, int]]
 
@@ -79,8 +80,12 @@ def stack_samples(samples: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def list_samples(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Collate samples of different sizes: every value becomes a list."""
-    return {name: [sample[name] for sample in samples] for name in samples[0]}
+    """Collate any number of samples of different sizes: every value becomes a list, empty without samples."""
+    batch: dict[str, Any] = defaultdict(list)
+    for sample in samples:
+        for name, value in sample.items():
+            batch[name].append(value)
+    return batch
 
 
 def _image_tensor(image: np.ndarray) -> Tensor:
