@@ -39,20 +39,28 @@ def load_weights(network: nn.Module, path: str | Path) -> LoadReport:
     return load_checkpoint(network, path, tables=_layouts())
 
 
-def official_state_dict(network: FASegNetwork) -> dict[str, Tensor]:
-    """The weights of `network` under the names of the official code, its buffers of constants included.
+def official_key_table(network: nn.Module) -> Table:
+    """Rows that rename the keys of a FASeg network to those of the official code.
 
     Raises UserError for a backbone that is neither a ResNet nor a Swin: the official code has no names for it.
     """
-    weights = network.state_dict()
-    constants = {name: buffer for name, buffer in network.named_buffers() if name.endswith("relative_position_index")}
-    if "backbone.patch_embed.proj.weight" in weights and "backbone.norm0.weight" in weights:
+    names = {name for name, _ in network.named_parameters()}
+    if {"backbone.patch_embed.proj.weight", "backbone.norm0.weight"} <= names:
         backbone = TO_OFFICIAL_SWIN
-    elif "backbone.body.layer1.0.conv3.weight" in weights:
+    elif "backbone.body.layer1.0.conv3.weight" in names:
         backbone = TO_DETECTRON2_RESNET
     else:
         raise UserError("export to official names: the backbone must be a bottleneck ResNet or a Swin")
-    official = rename({**weights, **constants}, [*OFFICIAL_HEAD_KEYS, *prefixed(backbone, "backbone.")])
+    return [*OFFICIAL_HEAD_KEYS, *prefixed(backbone, "backbone.")]
+
+
+def official_state_dict(network: FASegNetwork) -> dict[str, Tensor]:
+    """The weights of `network` under the names of the official code, its buffers of constants included.
+
+    Raises UserError as `official_key_table` does.
+    """
+    constants = {name: buffer for name, buffer in network.named_buffers() if name.endswith("relative_position_index")}
+    official = rename({**network.state_dict(), **constants}, official_key_table(network))
     class_weight = torch.ones(network.num_classes + 1)
     class_weight[-1] = NO_OBJECT_WEIGHT
     return {**official, "criterion.empty_weight": class_weight}

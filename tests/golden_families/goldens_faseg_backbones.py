@@ -14,7 +14,7 @@ from torch import nn
 
 from backbones.checkpoint import read_state_dict, rename
 from backbones.features import TimmFeatures, create_features
-from backbones.keys import DETECTRON2_RESNET, OFFICIAL_SWIN, TO_DETECTRON2_RESNET, TO_OFFICIAL_SWIN, prefixed
+from backbones.keys import DETECTRON2_RESNET, OFFICIAL_SWIN, TO_DETECTRON2_RESNET, prefixed
 from backbones.swin import SWIN_VARIANTS, SwinFeatures
 from tasks.core.optim import OptimConfig, build_optimizer
 from tasks.segmentation.faseg.inference import semantic_inference
@@ -22,7 +22,7 @@ from tasks.segmentation.faseg.keys import HEAD_KEYS, OFFICIAL_HEAD_KEYS
 from tasks.segmentation.faseg.network import FASegNetwork
 from tasks.segmentation.faseg.transformer_decoder import select_windows
 from tasks.segmentation.metrics import SegmentationMetrics
-from tasks.segmentation.weights import load_weights, official_state_dict
+from tasks.segmentation.weights import load_weights, official_key_table, official_state_dict
 
 MASK2FORMER = {
     "num_layers": 9,
@@ -138,9 +138,7 @@ def run_keys(meta, tensors, path):
 
 def rename_parameters(network):
     """The network's parameters by their official names."""
-    swin = any("relative_position_bias_table" in name for name, _ in network.named_parameters())
-    backbone = TO_OFFICIAL_SWIN if swin else TO_DETECTRON2_RESNET
-    return rename(dict(network.named_parameters()), [*OFFICIAL_HEAD_KEYS, *prefixed(backbone, "backbone.")])
+    return rename(dict(network.named_parameters()), official_key_table(network))
 
 
 def run_optimizer(meta, tensors, path):
