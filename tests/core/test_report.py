@@ -236,3 +236,19 @@ def test_environment_is_not_private():
     text = " ".join(found.values())
     assert str(Path.home()) not in text
     assert platform.node() not in text.split()
+
+
+class ParameterView(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.query = nn.Parameter(torch.randn(1, 4))
+        self.linear = nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.linear(self.query.expand(3, -1)) + x.sum()
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_cost_is_measured_where_lightning_evaluates(mode):
+    with mode():
+        assert measure_cost(ParameterView(), torch.zeros(1, 2))["macs"] == 3 * 4 * 2

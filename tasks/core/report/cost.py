@@ -33,7 +33,6 @@ MACS_KIND = (
 )
 
 
-@torch.no_grad()
 def measure_cost(network: nn.Module, example_input: Tensor, step_time_ms: float | None = None) -> Cost:
     """Parameters, multiply-adds, step time and peak memory of `network` in evaluation mode.
 
@@ -50,11 +49,14 @@ def measure_cost(network: nn.Module, example_input: Tensor, step_time_ms: float 
     modes = [(module, module.training) for module in network.modules()]
     network.eval()
     try:
-        with FlopCounterMode(display=False) as counter:
-            network(example_input)
+        with torch.inference_mode(False):
+            example_input = example_input.clone()  # one that autograd accepts: the counter hooks into the graph
+            with torch.enable_grad(), FlopCounterMode(display=False) as counter:
+                network(example_input)
         kind = "training step with data loading, median"
         if step_time_ms is None:
-            step_time_ms = statistics.median(_forward_ms(network, example_input) for _ in range(TIMED_PASSES))
+            with torch.no_grad():
+                step_time_ms = statistics.median(_forward_ms(network, example_input) for _ in range(TIMED_PASSES))
             size = "×".join(str(length) for length in example_input.shape)
             kind = f"forward pass of one example ({size}), median of {TIMED_PASSES}"
     finally:
