@@ -1,4 +1,4 @@
-"""``python -m tasks [--json]``: the tasks, the configurations and the published results they reproduce.
+"""``python -m tasks [--json | --markdown]``: the tasks, the configurations and the published results they reproduce.
 
 Imports nothing heavy, so that it answers at once. A configuration file says in its leading comments what it is::
 
@@ -93,15 +93,37 @@ def show(tasks: list[Task], configs: list[Config]) -> None:
     print("Run: python -m tasks.<task> {fit,validate,test,predict} -c configs/<name>.yaml")
 
 
+def markdown(tasks: list[Task], configs: list[Config]) -> str:
+    """The page ``docs/zoo.md``: a table of configurations per task."""
+    lines = [
+        "# Configurations",
+        "",
+        "Written by `make docs` from the first lines of the files in `configs/`. *Published* is what the papers and",
+        "their repositories state, in per cent; what this code reached is in [results.md](results.md).",
+    ]
+    for task in tasks:
+        lines += ["", f"## {task.name}", "", task.description, ""]
+        lines += ["| configuration | what it is | published |", "|---|---|---|"]
+        for config in configs:
+            if config.task == task.name:
+                link = f"[`{config.name}.yaml`](../configs/{config.name}.yaml)"
+                lines.append(f"| {link} | {config.description} | {config.published} |")
+    return "\n".join(lines)
+
+
 def main(args: list[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m tasks", description="List tasks, configurations and results.")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print JSON")
+    form.add_argument("--markdown", action="store_true", help="print the page docs/zoo.md")
     options = parser.parse_args(args)
     tasks, configs = find_tasks(PACKAGE), find_configs(CONFIGS, PACKAGE)
     if options.json:
         found = {"tasks": [asdict(task) for task in tasks], "configs": [asdict(config) for config in configs]}
         print(json.dumps(found, indent=2, ensure_ascii=False))
+    elif options.markdown:
+        print(markdown(tasks, configs))
     else:
         show(tasks, configs)
 
