@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import distributed
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
 from tasks.core.errors import UserError
 
@@ -112,6 +112,22 @@ class EvaluationSampler(Sampler[int]):
         return iter(self.indices)
 
 
+class EvaluationBatches(BatchSampler):
+    """Batches of an `EvaluationSampler`; a process without samples gets one batch of none.
+
+    Lightning skips an evaluation, and with it the gathering at its end, on a process without batches, while the
+    others wait for it.
+    """
+
+    def __len__(self) -> int:
+        return max(super().__len__(), 1)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        batches = super().__iter__()
+        yield next(batches, [])
+        yield from batches
+
+
 class Augmentation(Protocol):
     """An albumentations transform or composition."""
 
@@ -144,7 +160,8 @@ class TaskDataModule(LightningDataModule):
     evaluation never repeat or drop a sample. The position inside an epoch is part of every checkpoint.
 
     Subclasses implement `train_dataset`, `val_dataset`, `test_dataset`, `predict_dataset` (map-style; the one for
-    training is indexed by virtual indices) and may override `train_collate` and `eval_collate`.
+    training is indexed by virtual indices) and may override `train_collate` and `eval_collate`. The latter, and the
+    evaluation and prediction steps, must take a batch of no samples: there may be fewer of them than processes.
     """
 
     def __init__(
@@ -157,8 +174,6 @@ class TaskDataModule(LightningDataModule):
         pin_memory: bool = True,
     ) -> None:
         super().__init__()
-        # A process may hold no sample at all when there are fewer than processes.
-        self.allow_zero_length_dataloader_with_multiple_devices = True
         for name, value, least in (("batch_size", batch_size, 1), ("eval_batch_size", eval_batch_size, 1)):
             if value < least:
                 raise UserError(f"{name} is {value}; expected at least {least}")
@@ -206,7 +221,7 @@ class TaskDataModule(LightningDataModule):
             start=self._resume["batches"],
         )
         self._resume = {"epoch": 0, "batches": 0}
-        return self._loader(dataset, self.batch_size, sampler, self.train_collate, drop_last=True)
+        return self._loader(dataset, self.train_collate, batch_size=self.batch_size, sampler=sampler, drop_last=True)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Load validation batches."""
@@ -241,25 +256,18 @@ class TaskDataModule(LightningDataModule):
         warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
 
     def _evaluation_loader(self, dataset: Dataset[Any]) -> DataLoader[Any]:
-        sampler = EvaluationSampler(len(cast(Sized, dataset)))
-        return self._loader(dataset, self.eval_batch_size, sampler, self.eval_collate, drop_last=False)
+        batches = EvaluationBatches(EvaluationSampler(len(cast(Sized, dataset))), self.eval_batch_size, drop_last=False)
+        return self._loader(dataset, self.eval_collate, batch_sampler=batches)
 
     def _loader(
-        self,
-        dataset: Dataset[Any],
-        batch_size: int,
-        sampler: Sampler[int],
-        collate: Callable[[list[Any]], Any] | None,
-        drop_last: bool,
+        self, dataset: Dataset[Any], collate: Callable[[list[Any]], Any] | None, **batching: Any
     ) -> DataLoader[Any]:
         return DataLoader(
             dataset,
-            batch_size=batch_size,
-            sampler=sampler,
+            **batching,
             num_workers=self.num_workers,
             collate_fn=collate,
             pin_memory=self.pin_memory and torch.cuda.is_available(),
-            drop_last=drop_last,
             worker_init_fn=_start_worker,
             persistent_workers=self.num_workers > 0,
         )

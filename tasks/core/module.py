@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
@@ -77,6 +78,18 @@ class TaskModule(LightningModule):
         """The moving average of the weights, when asked for."""
         return [EMAWeightAveraging(decay=self.ema_decay)] if self.ema_decay else []
 
+    def on_fit_start(self) -> None:
+        """Keep what the process was seeded with."""
+        self._seed = torch.initial_seed()
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Draw what is random in a step (points, dropout) from (seed, process, epoch, batch) alone.
+
+        A resumed training then takes the steps of an uninterrupted one, and no two processes draw the same numbers.
+        """
+        sequence = np.random.SeedSequence((self._seed, self.global_rank, self.current_epoch, batch_idx))
+        torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
+
     # -- evaluation -----------------------------------------------------------------------------------------------
 
     def evaluation_step(self, batch: Any, stage: str) -> None:
@@ -126,10 +139,11 @@ class TaskModule(LightningModule):
     def _log_dtype(self) -> torch.dtype:
         return torch.float32 if self.device.type == "mps" else torch.float64
 
-    def on_validation_start(self) -> None:
+    def on_validation_epoch_start(self) -> None:
         """Give every process rank 0's buffers, then stop DDP from broadcasting them in each forward.
 
         Processes evaluate different numbers of samples, and a broadcast in the forward would wait for the others.
+        The moving average, whose buffers also differ between processes, is in place by now.
         """
         wrapper = self.trainer.model
         if isinstance(wrapper, DistributedDataParallel):
