@@ -1,6 +1,6 @@
 # Doors to the project; each sets the environment up first, on a bare machine too.
-UV := $(shell command -v uv 2>/dev/null || echo "$$HOME/.local/bin/uv")
-RUN := $(UV) run --no-sync
+UV := $(or $(shell command -v uv 2>/dev/null),$(shell python3 -m site --user-base)/bin/uv)
+RUN := "$(UV)" run --no-sync
 
 .PHONY: sample test lint docs setup
 
@@ -20,9 +20,10 @@ docs: setup  ## refresh the generated tables of docs/
 
 setup: .venv/.synced
 
-# uv is found, or installed for this user without touching the system's Python.
+# uv is found, or installed for this user; the system's own packages are not touched, which pip wants to be told.
 .venv/.synced: pyproject.toml
-	@command -v $(UV) >/dev/null || python3 -m pip install --user --quiet --disable-pip-version-check uv \
-		|| python3 -m pip install --user --quiet --disable-pip-version-check --break-system-packages uv
-	$(UV) sync
+	@command -v "$(UV)" >/dev/null \
+		|| PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --user --quiet --disable-pip-version-check uv \
+		|| { echo "uv is needed and pip could not install it: https://docs.astral.sh/uv/getting-started/installation/"; exit 1; }
+	"$(UV)" sync
 	@touch $@
