@@ -8,9 +8,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import itertools
+import logging
 import re
 import sys
 import typing
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
@@ -254,6 +256,9 @@ def main(module: type[TaskModule], datamodule: type[TaskDataModule], args: list[
         datamodule: The task's base datamodule; likewise for `data`.
         args: Arguments instead of `sys.argv[1:]`.
     """
+    # Lightning advertises packages of its vendor, and warns about its own use of torch.
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "💡" not in record.getMessage())
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")
     try:
         if args is None:
             sys.argv[1:] = prepare_arguments(sys.argv[1:])
