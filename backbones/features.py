@@ -49,11 +49,13 @@ def create_features(
     statistics are buffers. ``drop_path_rate`` is stochastic depth (the model's default where None). Swin models take
     any image size and follow :mod:`backbones.swin`. The module has ``channels`` and ``strides`` (lists of int).
 
-    Raises ValueError for an unknown name or one without such a pyramid.
+    Raises ValueError for an unknown name, one without such a pyramid and a rate outside 0..1.
     """
     if norm not in ("batch", "frozen"):
         raise ValueError(f"norm={norm!r}: expected 'batch' or 'frozen'")
     if drop_path_rate is not None:
+        if not 0 <= drop_path_rate < 1:
+            raise ValueError(f"drop_path_rate={drop_path_rate}: expected a probability below 1")
         kwargs["drop_path_rate"] = drop_path_rate
     _check_name(name)
     if name.partition(".")[0] in SWIN_VARIANTS and out_indices is None:

@@ -14,7 +14,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
-from tasks.core.errors import UserError
+from tasks.core.errors import UserError, expect
 
 NORM_LAYERS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm, nn.RMSNorm)
 POSITION_PARAMETERS = ("relative_position_bias_table", "pos_embed")  # also absolute_pos_embed
@@ -72,20 +72,18 @@ class OptimConfig:
             near = difflib.get_close_matches(base, known, n=3)
             hint = f"; did you mean {' or '.join(near)}?" if near else ", for instance adamw or sgd"
             raise UserError(f"optimizer: {self.optimizer!r} is not an optimizer of timm{hint}")
-        _expect("schedule", self.schedule, self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
-        _expect("no_decay", self.no_decay, self.no_decay in NO_DECAY_RULES, f"one of {', '.join(NO_DECAY_RULES)}")
-        _expect("lr", self.lr, 0 < self.lr < math.inf, "a positive number")
+        expect("schedule", self.schedule, self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
+        expect("no_decay", self.no_decay, self.no_decay in NO_DECAY_RULES, f"one of {', '.join(NO_DECAY_RULES)}")
+        expect("lr", self.lr, 0 < self.lr < math.inf, "a positive number")
         for name in ("weight_decay", "warmup_steps", "warmup_lr", "min_lr", "power", "gamma"):
             value = getattr(self, name)
-            _expect(name, value, 0 <= value < math.inf, "a number of at least 0")
+            expect(name, value, 0 <= value < math.inf, "a number of at least 0")
         for prefix, factor in self.lr_multipliers.items():
-            _expect(f"lr_multipliers.{prefix}", factor, 0 <= factor < math.inf, "a number of at least 0")
-        _expect(
-            "layer_decay", self.layer_decay, self.layer_decay is None or 0 < self.layer_decay <= 1, "0 < value <= 1"
-        )
-        _expect("clip_grad", self.clip_grad, self.clip_grad is None or self.clip_grad > 0, "a positive number or null")
+            expect(f"lr_multipliers.{prefix}", factor, 0 <= factor < math.inf, "a number of at least 0")
+        expect("layer_decay", self.layer_decay, self.layer_decay is None or 0 < self.layer_decay <= 1, "0 < value <= 1")
+        expect("clip_grad", self.clip_grad, self.clip_grad is None or self.clip_grad > 0, "a positive number or null")
         rising = all(a < b for a, b in zip([0, *self.milestones], self.milestones, strict=False))
-        _expect("milestones", self.milestones, rising, "positive numbers of updates in rising order")
+        expect("milestones", self.milestones, rising, "positive numbers of updates in rising order")
         if self.schedule == "multistep" and not self.milestones:
             raise UserError("milestones: empty; schedule multistep needs the updates at which the learning rate drops")
 
@@ -172,7 +170,7 @@ def build_scheduler(optimizer: torch.optim.Optimizer, config: OptimConfig, total
     Call ``step_update(updates_done)`` after each update. Raises UserError unless the warm-up fits into a
     positive total.
     """
-    _expect("the number of training steps", total_steps, total_steps > 0, "at least 1")
+    expect("the number of training steps", total_steps, total_steps > 0, "at least 1")
     if config.warmup_steps > total_steps:
         raise UserError(f"warmup_steps: {config.warmup_steps} is more than the {total_steps} steps of the training")
     scheduler, _ = create_scheduler_v2(
@@ -230,8 +228,3 @@ def _modules_with(model: nn.Module, method: str) -> Iterator[tuple[str, nn.Modul
     for name, module in model.named_modules():
         if callable(getattr(module, method, None)):
             yield (f"{name}." if name else ""), module
-
-
-def _expect(name: str, value: object, valid: bool, expected: str) -> None:
-    if not valid:
-        raise UserError(f"{name}: {value!r} was given, {expected} was expected")

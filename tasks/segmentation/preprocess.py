@@ -6,20 +6,20 @@ from torch import Tensor, nn
 
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STD = (58.395, 57.12, 57.375)
+SIZE_DIVISOR = 32  # the coarsest level of the pyramid has stride 32
 
 
 class Preprocess(nn.Module):
     """Normalise RGB images of 0..255 with the ImageNet statistics and zero-pad them right and bottom.
 
-    Padding comes after normalisation, so padded pixels have the mean colour. Sides grow to multiples of ``divisor``.
+    Padding comes after normalisation, so padded pixels have the mean colour. Sides grow to multiples of 32.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, divisor: int = 32) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.divisor = divisor
         # Constants of the method, not weights: released checkpoints do not hold them.
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
@@ -30,4 +30,4 @@ class Preprocess(nn.Module):
             raise ValueError(f"images of shape {tuple(images.shape)}: expected (B, 3, H, W), RGB values 0..255")
         images = (images.to(self.mean.dtype) - self.mean) / self.std
         height, width = images.shape[-2:]
-        return F.pad(images, (0, -width % self.divisor, 0, -height % self.divisor))
+        return F.pad(images, (0, -width % SIZE_DIVISOR, 0, -height % SIZE_DIVISOR))

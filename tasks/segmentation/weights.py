@@ -1,15 +1,16 @@
 """Weights of segmentation networks: our checkpoints, bare backbones, and FASeg's and Mask2Former's releases."""
 
-import os
+import io
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from backbones.checkpoint import LoadReport, load_checkpoint, rename
 from backbones.keys import BACKBONE_TABLES, TO_DETECTRON2_RESNET, TO_OFFICIAL_SWIN, Table, prefixed
 from tasks.core.errors import UserError
+from tasks.core.files import write_atomically
 from tasks.segmentation.faseg.keys import HEAD_KEYS, OFFICIAL_HEAD_KEYS
 from tasks.segmentation.faseg.network import FASegNetwork
 
@@ -72,12 +73,9 @@ def export_weights(network: FASegNetwork, path: str | Path) -> None:
     if path.suffix not in (".safetensors", ".pth"):
         raise UserError(f"{path}: exported weights are written as .safetensors or .pth")
     tensors = {name: tensor.cpu().contiguous() for name, tensor in official_state_dict(network).items()}
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        if path.suffix == ".pth":
-            torch.save({"model": tensors}, temporary)
-        else:
-            save_file(tensors, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    if path.suffix == ".pth":
+        buffer = io.BytesIO()
+        torch.save({"model": tensors}, buffer)
+        write_atomically(path, buffer.getvalue())
+    else:
+        write_atomically(path, save(tensors))

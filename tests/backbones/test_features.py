@@ -74,6 +74,7 @@ def test_drop_path_rate_reaches_the_model():
         (lambda: create("resnet50.nothing"), "unknown weights 'resnet50.nothing'; timm has: .*resnet50.tv_in1k"),
         (lambda: create_features("vit_tiny_patch16_224"), r"'vit_tiny_patch16_224' has no feature pyramid.*\[16\]"),
         (lambda: create_features("resnet18", norm="group"), "norm='group': expected 'batch' or 'frozen'"),
+        (lambda: create_features("resnet18", drop_path_rate=2.0), "drop_path_rate=2.0: expected a probability below 1"),
     ],
 )
 def test_names_and_options_that_cannot_be_used(call, message):

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from tasks.core.errors import UserError
 from tasks.segmentation.faseg.inference import (
     class_scores,
     instance_inference,
@@ -103,9 +104,10 @@ def test_one_scale_without_mirror_is_the_plain_result():
     assert torch.equal(result, image.float())
 
 
-def test_multi_scale_needs_a_size():
-    with pytest.raises(ValueError, match="short_sides is empty"):
-        multi_scale_scores(colours, torch.zeros(3, 8, 8, dtype=torch.uint8), [], 100, (8, 8))
+@pytest.mark.parametrize("short_sides", [[], [8, 0]])
+def test_multi_scale_needs_sizes(short_sides):
+    with pytest.raises(UserError, match=r"short_sides: \[.*\] was given, at least one size of at least 1 pixel"):
+        multi_scale_scores(colours, torch.zeros(3, 8, 8, dtype=torch.uint8), short_sides, 100, (8, 8))
 
 
 @pytest.mark.parametrize("size", [(30, 47), (16, 16), (10, 40), (9, 7)])
@@ -124,5 +126,5 @@ def test_sliding_windows_cover_every_pixel_once_on_average(size):
 
 @pytest.mark.parametrize("stride", [(17, 8), (0, 8)])
 def test_sliding_windows_must_not_leave_gaps(stride):
-    with pytest.raises(ValueError, match=rf"stride\[0\] is {stride[0]}, expected 1 to 16"):
+    with pytest.raises(UserError, match=rf"stride\[0\]: {stride[0]} was given, 1 to 16 \(the window\) was expected"):
         sliding_window_scores(colours, torch.zeros(3, 32, 32), (16, 16), stride)

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from tasks.core.errors import UserError
 from tasks.segmentation.faseg.criterion import SetCriterion, semantic_segments
 from tasks.segmentation.faseg.network import FASegNetwork
 
@@ -210,11 +211,22 @@ def test_exports_with_static_shapes():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"hidden_dim": 66}, "dim 66 is not divisible by 4"), ({"num_heads": 7}, "not divisible by num_heads 7")],
+    [
+        ({"hidden_dim": 66}, "hidden_dim: 66 was given, a multiple of 4 and of num_heads"),
+        ({"num_heads": 7}, r"hidden_dim: \d+ was given, a multiple of 4 and of num_heads \(7\) was expected"),
+        ({"num_queries": 0}, "num_queries: 0 was given, at least 1"),
+        ({"omega_rate": 0}, "omega_rate: 0 was given, at least 1"),
+        ({"mask_threshold": 1.5}, "mask_threshold: 1.5 was given, a probability was expected"),
+    ],
 )
 def test_bad_sizes(options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         network(**options)
+
+
+def test_masks_are_compared_at_some_point():
+    with pytest.raises(UserError, match="num_points: 0 was given, at least 1 was expected"):
+        SetCriterion(5, num_points=0)
 
 
 def test_backbone_must_have_four_levels():

@@ -10,8 +10,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tasks.core.errors import expect
 from tasks.segmentation.faseg.matcher import HungarianMatcher
 from tasks.segmentation.faseg.points import PointSource, point_sample, uncertain_points, uniform_points
+from tasks.segmentation.labels import IGNORE
+from tasks.segmentation.preprocess import SIZE_DIVISOR
 
 
 class Segments(NamedTuple):
@@ -21,18 +24,17 @@ class Segments(NamedTuple):
     masks: Tensor  # (T, H, W), 1 inside
 
 
-def semantic_segments(label_maps: Tensor, ignore_index: int = 255, divisor: int = 32) -> list[Segments]:
+def semantic_segments(label_maps: Tensor) -> list[Segments]:
     """Split label maps (B, H, W) into one segment per class present.
 
-    Masks are zero-padded right and bottom to a multiple of `divisor`, as the network pads its images. Ignored pixels
-    belong to no segment.
+    Masks are zero-padded right and bottom as the network pads its images. Ignored pixels belong to no segment.
     """
     height, width = label_maps.shape[-2:]
-    padding = (0, -width % divisor, 0, -height % divisor)
+    padding = (0, -width % SIZE_DIVISOR, 0, -height % SIZE_DIVISOR)
     segments = []
     for label_map in label_maps:
         labels = label_map.unique().long()
-        labels = labels[labels != ignore_index]
+        labels = labels[labels != IGNORE]
         masks = label_map[None] == labels[:, None, None]
         segments.append(Segments(labels, F.pad(masks, padding)))
     return segments
@@ -58,6 +60,7 @@ class SetCriterion(nn.Module):
         draw_points: PointSource = uniform_points,
     ) -> None:
         super().__init__()
+        expect("num_points", num_points, num_points >= 1, "at least 1")
         self.num_classes = num_classes
         self.no_object_weight = no_object_weight
         self.num_points = num_points

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.v2 import functional as image_ops
 
+from tasks.core.errors import expect
 from tasks.segmentation.transforms import resized_size
 
 MASK_STRIDE = 4
@@ -135,6 +136,7 @@ def multi_scale_scores(
 
     `image` is uint8 (3, H, W); `scores` maps (3, h, w) to (K, h, w). Returns (K, *output_size).
     """
+    expect("short_sides", list(short_sides), min(short_sides, default=0) >= 1, "at least one size of at least 1 pixel")
     total: Tensor | None = None
     for short_side in short_sides:
         size = resized_size(image.shape[-2], image.shape[-1], short_side, max_size)
@@ -143,8 +145,7 @@ def multi_scale_scores(
             view = scores(resized.flip(-1)).flip(-1) if mirrored else scores(resized)
             view = _resize(view, output_size)
             total = view if total is None else total + view
-    if total is None:
-        raise ValueError("multi_scale_scores: short_sides is empty, expected at least one size in pixels")
+    assert total is not None
     return total / (len(short_sides) * (2 if flip else 1))
 
 
@@ -152,11 +153,10 @@ def sliding_window_scores(scores: Scores, image: Tensor, window: tuple[int, int]
     """Average the class scores of overlapping windows; `scores` maps (3, h, w) to (K, h, w). Returns (K, H, W).
 
     The last window of a row or column is moved back inside the image, so all have the size of `window` unless the
-    image is smaller. Raises `ValueError` when strides would leave gaps.
+    image is smaller. Raises `UserError` when strides would leave gaps.
     """
     for axis, (step, extent) in enumerate(zip(stride, window, strict=True)):
-        if not 0 < step <= extent:
-            raise ValueError(f"sliding_window_scores: stride[{axis}] is {step}, expected 1 to {extent} (the window)")
+        expect(f"stride[{axis}]", step, 0 < step <= extent, f"1 to {extent} (the window)")
     height, width = image.shape[-2:]
     total: Tensor | None = None
     count = torch.zeros(height, width, device=image.device)

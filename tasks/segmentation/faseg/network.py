@@ -5,11 +5,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tasks.core.errors import expect
 from tasks.segmentation.faseg.pixel_decoder import PixelDecoder
 from tasks.segmentation.faseg.transformer_decoder import TransformerDecoder
 from tasks.segmentation.preprocess import Preprocess
-
-SIZE_DIVISOR = 32
 
 
 class FASegNetwork(nn.Module):
@@ -42,8 +41,19 @@ class FASegNetwork(nn.Module):
         auxiliary_head: bool = False,
     ) -> None:
         super().__init__()
+        counts = {
+            "num_queries": num_queries,
+            "num_heads": num_heads,
+            "num_layers": num_layers,
+            "omega_rate": omega_rate,
+        }
+        for name, count in counts.items():
+            expect(name, count, count >= 1, "at least 1")
+        divisible = hidden_dim >= 1 and hidden_dim % 4 == hidden_dim % num_heads == 0
+        expect("hidden_dim", hidden_dim, divisible, f"a multiple of 4 and of num_heads ({num_heads})")
+        expect("mask_threshold", mask_threshold, 0 <= mask_threshold <= 1, "a probability")
         self.num_classes = num_classes
-        self.preprocess = Preprocess(SIZE_DIVISOR)
+        self.preprocess = Preprocess()
         self.backbone = backbone
         self.pixel_decoder = PixelDecoder(
             channels,

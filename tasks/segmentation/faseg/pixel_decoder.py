@@ -97,8 +97,6 @@ class PixelDecoder(nn.Module):
             raise ValueError(f"PixelDecoder: channels {list(channels)}: expected four, for strides 4, 8, 16, 32")
         if num_levels not in (3, 4):
             raise ValueError(f"PixelDecoder: num_levels {num_levels}: expected 3 or 4")
-        if dim % 4:
-            raise ValueError(f"PixelDecoder: dim {dim} is not divisible by 4")
         self.num_levels = num_levels
         self.conditional_positions = conditional_positions
         num_projections = num_levels if conditional_positions else NUM_ENCODER_LEVELS
