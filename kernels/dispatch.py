@@ -6,10 +6,10 @@ from typing import Literal
 
 from torch import Tensor
 
-Path = Literal["reference", "triton"]
+Implementation = Literal["reference", "triton"]
 
 
-def choose_path(op: str, tensor: Tensor, *, has_triton: bool) -> Path:
+def choose_path(op: str, tensor: Tensor, *, has_triton: bool) -> Implementation:
     """Return the implementation of `op` to use for `tensor`.
 
     The environment variable `FRUGAL_KERNELS` decides: `auto` (default) takes Triton for CUDA tensors when the op has

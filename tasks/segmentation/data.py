@@ -21,7 +21,7 @@ from tasks.segmentation.datamodule import Palette, SegmentationDataModule
 from tasks.segmentation.labels import IGNORE
 from tasks.segmentation.reading import LabelTable, Listing
 
-# Train id, name, value in *_labelIds.png, colour: the 19 evaluated classes of the Cityscapes label table.
+# Name, value in *_labelIds.png, colour of the 19 evaluated classes of Cityscapes, by train id.
 CITYSCAPES_CLASSES = (
     ("road", 7, (128, 64, 128)),
     ("sidewalk", 8, (244, 35, 232)),
