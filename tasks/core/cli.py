@@ -160,7 +160,7 @@ class CLI(LightningCLI):
             kwargs["logger"] = [csv, TensorBoardLogger(self.run_folder, name=self.run_name, version=csv.version)]
             callbacks.append(LearningRateMonitor(logging_interval="step"))
         if self.subcommand == "fit" and config.enable_checkpointing is not False and not config.fast_dev_run:
-            callbacks.append(best_and_last(self.model))
+            callbacks += best_and_last(self.model)
         if self.subcommand == "predict":
             callbacks.append(PredictionWriter(self._get(self.config, "output")))
         self.trainer_defaults["callbacks"] = callbacks
@@ -193,16 +193,19 @@ class CLI(LightningCLI):
         self.trainer.predict(**{**kwargs, "return_predictions": False})
 
 
-def best_and_last(model: TaskModule) -> ModelCheckpoint:
-    """`best.ckpt` by the task's headline metric and `last.ckpt`, written at every validation."""
-    return ModelCheckpoint(
+def best_and_last(model: TaskModule) -> list[Callback]:
+    """`best.ckpt` by the task's headline metric and `last.ckpt`, written at every validation.
+
+    Lightning's own `save_last` writes nothing at a validation that is not the best so far.
+    """
+    best = ModelCheckpoint(
         monitor=model.monitor,
         mode=model.mode,
         filename="best",
-        save_last=True,
         enable_version_counter=False,
         auto_insert_metric_name=False,
     )
+    return [best, ModelCheckpoint(filename="last", enable_version_counter=False)]
 
 
 def prepare_arguments(args: list[str]) -> list[str]:
