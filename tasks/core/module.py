@@ -23,8 +23,8 @@ class TaskModule(LightningModule):
 
     Subclasses set `task`, `monitor` (the headline metric, e.g. ``val/mIoU``) and `mode` and call
     `remember_hyperparameters(locals())` so that ``Class.load_from_checkpoint(path)`` needs nothing else.
-    Every parameter takes part in the loss of every step, if only with a zero gradient (no targets, no windows): DDP then
-    needs no `find_unused_parameters`, which would walk the graph in each step.
+    Every parameter takes part in the loss of every step, if only with a zero gradient (no targets, no windows): DDP
+    then needs no `find_unused_parameters`, which would walk the graph in each step.
 
     Args:
         optim: Optimizer, schedule and gradient clipping.
