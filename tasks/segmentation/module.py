@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
 from backbones.features import create_features
-from tasks.core.errors import UserError
+from tasks.core.errors import UserError, expect
 from tasks.core.evaluation import Extremes, Sample
 from tasks.core.module import TaskModule
 from tasks.core.optim import OptimConfig
@@ -54,6 +54,12 @@ class EvaluationConfig:
     short_sides: list[int] = field(default_factory=list)
     max_long_side: int = 3584
     flip: bool = True
+
+    def __post_init__(self) -> None:
+        fits = all(0 < step <= size for step, size in zip(self.stride, self.window, strict=True))
+        expect("model.evaluation.stride", self.stride, fits, f"1 to the window's {self.window}")
+        sides = [*self.short_sides, self.max_long_side]
+        expect("model.evaluation.short_sides and max_long_side", sides, min(sides) > 0, "at least 1 pixel")
 
 
 class SegmentationModule(TaskModule, abc.ABC):
@@ -241,6 +247,7 @@ class FASeg(SegmentationModule):
         ema_decay: float | None = None,
     ) -> None:
         arguments = dict(locals())
+        expect("model.auxiliary_weight", auxiliary_weight, auxiliary_weight >= 0, "at least 0")
         super().__init__(num_classes, evaluation, optim, ema_decay)
         self.remember_hyperparameters(arguments)
         features = _backbone(backbone, backbone_norm, pretrained and not weights, drop_path_rate)
