@@ -26,6 +26,7 @@ from tasks.core.report.figures import class_bars, confusion_matrix, side_by_side
 from tasks.segmentation.faseg.criterion import SetCriterion, semantic_segments
 from tasks.segmentation.faseg.inference import multi_scale_scores, semantic_inference, sliding_window_scores
 from tasks.segmentation.faseg.network import FASegNetwork
+from tasks.segmentation.faseg.transformer_decoder import HIGH_RESOLUTION_LEVEL
 from tasks.segmentation.labels import pixel_cross_entropy
 from tasks.segmentation.metrics import SegmentationMetrics, image_miou
 from tasks.segmentation.semantic_fpn import SemanticFPNNetwork
@@ -247,6 +248,8 @@ class FASeg(SegmentationModule):
         ema_decay: float | None = None,
     ) -> None:
         arguments = dict(locals())
+        least = HIGH_RESOLUTION_LEVEL + 1 if high_resolution else 1  # else the 1/4 level would be left untrained
+        expect("model.num_layers", num_layers, num_layers >= least, f"at least {least}")
         expect("model.auxiliary_weight", auxiliary_weight, auxiliary_weight >= 0, "at least 0")
         super().__init__(num_classes, evaluation, optim, ema_decay)
         self.remember_hyperparameters(arguments)
