@@ -40,6 +40,11 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     or that asks to run code.
     """
     path = Path(path)
+    return _strip_wrappers(_tensors(path, read_content(path)))
+
+
+def read_content(path: Path) -> Any:
+    """Read whatever a weight file holds, on the CPU; see `read_state_dict` for the formats and errors."""
     if path.is_dir():
         raise CheckpointError(f"{path} is a folder; a weight file ({FORMATS}) was expected")
     try:
@@ -49,16 +54,14 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: no such weight file") from None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    content: Any
     if head[8:9] == b"{":
-        content = _guarded(path, lambda: load_file(path))
-    elif head.startswith((b"PK", TORCH_LEGACY_MAGIC)):
-        content = _guarded(path, lambda: _load_torch(path))
-    elif head.startswith(b"\x80"):
-        content = _guarded(path, lambda: _load_pickle(path))
-    else:
-        raise CheckpointError(f"{path} is not a weight file ({FORMATS}): it starts with {head[:16]!r}")
-    return _strip_wrappers(_tensors(path, content))
+        return _guarded(path, lambda: load_file(path))
+    if head.startswith((b"PK", TORCH_LEGACY_MAGIC)):
+        # What is not used of a large checkpoint, such as the optimizer's state, is then never read.
+        return _guarded(path, lambda: _load_torch(path, mmap=head.startswith(b"PK")))
+    if head.startswith(b"\x80"):
+        return _guarded(path, lambda: _load_pickle(path))
+    raise CheckpointError(f"{path} is not a weight file ({FORMATS}): it starts with {head[:16]!r}")
 
 
 def rename(state_dict: Mapping[str, Tensor], table: Table) -> dict[str, Tensor]:
@@ -222,13 +225,13 @@ def _guarded(path: Path, load: Callable[[], Any]) -> Any:
         raise CheckpointError(f"{path} is damaged or incomplete: {reason}") from error
 
 
-def _load_torch(path: Path) -> Any:
+def _load_torch(path: Path, mmap: bool) -> Any:
     scalar = np.float64(0).__reduce__()[0]
     allowed: list[Any] = [argparse.Namespace, np.dtype, *{type(np.dtype(code)) for code in "?bBhHiIlLqQefd"}]
     allowed += [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
     # Training programs keep their arguments and scores beside the weights; these are plain values too.
     with torch.serialization.safe_globals(allowed):
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
 
 
 class _ArrayUnpickler(pickle.Unpickler):

@@ -11,6 +11,7 @@ import itertools
 import logging
 import re
 import sys
+import textwrap
 import typing
 import warnings
 from collections.abc import Sequence
@@ -27,6 +28,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from backbones.checkpoint import CheckpointError
+from tasks.core.checkpoint import require_checkpoint_of
 from tasks.core.data import TaskDataModule
 from tasks.core.errors import UserError
 from tasks.core.module import TaskModule
@@ -35,6 +37,13 @@ from tasks.core.report import ReportCallback
 
 ALLOWED_IMPORTS = ["tasks", "backbones", "efficiency", "lightning"]
 PROJECT = Path(__file__).resolve().parents[2]
+
+
+UNKNOWN_OPTION = (
+    r"[Uu]nrecognized arguments: (?:--)?([\w.]+)",
+    r"Option '([\w.]+)' is not accepted",
+    r"does not accept option '([\w.]+)'",
+)
 
 
 class Parser(LightningArgumentParser):
@@ -60,7 +69,10 @@ def one_line(message: str, known: Sequence[str]) -> str:
             f"{denied[1]} is outside the packages that a configuration may import ({', '.join(ALLOWED_IMPORTS)}); "
             "--allow-import PACKAGE adds one that you trust"
         )
-    for pattern in (r"[Uu]nrecognized arguments: (?:--)?([\w.]+)", r"Option '([\w.]+)' is not accepted"):
+    if missing := re.search(r"arguments are required: (.*)", message):
+        names = " and no ".join(sorted(re.findall(r"(\w+)(?:,|$)", missing[1]), reverse=True))
+        return f"no {names} was given; name a configuration, e.g. -c configs/sample/faseg.yaml"
+    for pattern in UNKNOWN_OPTION:
         if unknown := re.search(pattern, message):
             return f"unknown option '{unknown[1]}'{nearest(unknown[1], known)}"
     text = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", message).replace("typing.", "")
@@ -70,7 +82,10 @@ def one_line(message: str, known: Sequence[str]) -> str:
         return " ".join(text.split())
     given = " ".join((value[1] or value[2]).split())
     if class_name := re.search(r"Expected a dot import path string: (\S+)", text):
-        return f"{key[1]}: no class {class_name[1]!r}{nearest(class_name[1], known)}"
+        classes = [name for name in known if name.isidentifier() and name != class_name[1]]
+        return f"{key[1]}: no class {class_name[1]!r} for it{nearest(class_name[1], classes)}"
+    if "Not a valid subclass of" in text:
+        return f"{key[1]}: expected class_path and init_args, nothing else, got {textwrap.shorten(given, 100)}"
     expected = dict.fromkeys(re.findall(r"Expected an? ([^\n]+?)(?:\. Got value.*)?(?=\n|\Z)", text, re.DOTALL))
     wanted = " or ".join(kind for kind in expected if not kind.startswith("path but"))
     return f"{key[1]}: expected {wanted}, got {given}" if wanted else " ".join(text.split())
@@ -84,7 +99,7 @@ def nearest(name: str, known: Sequence[str]) -> str:
         name, leaf = (group, group) if not difflib.get_close_matches(name, known, n=1, cutoff=0.75) else (name, leaf)
     by_leaf = {option.rpartition(".")[2]: option for option in reversed(known)}
     full = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
-    leaves = difflib.get_close_matches(leaf, list(by_leaf), n=1, cutoff=0.6)
+    leaves = difflib.get_close_matches(leaf, list(by_leaf), n=1, cutoff=0.7)
     found = full[0] if full else by_leaf[leaves[0]] if leaves else None
     return f"; did you mean '{found}'?" if found else ""
 
@@ -131,9 +146,15 @@ class CLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Keep the configuration as given: a checkpoint resumes the training, it does not change the settings."""
-        ckpt_path = self.config[self.config.subcommand].get("ckpt_path")
-        if ckpt_path and ckpt_path not in ("best", "last", "hpc", "registry") and not Path(ckpt_path).is_file():
-            raise UserError(f"--ckpt_path: {ckpt_path} is not a file; expected a checkpoint such as runs/.../last.ckpt")
+
+    def prepare(self) -> None:
+        """Find the data and read the checkpoint, so that what is wrong with them stops a run before its first file."""
+        self.datamodule.prepare_data()
+        self.datamodule.setup(str(self.subcommand))
+        if ckpt_path := self._get(self.config, "ckpt_path"):
+            require_checkpoint_of(self.model, Path(ckpt_path), training=self.subcommand == "fit")
+
+    before_fit = before_validate = before_test = before_predict = prepare
 
     def before_instantiate_classes(self) -> None:
         """Stop without a model or data; `check` needs the data alone."""
@@ -157,14 +178,19 @@ class CLI(LightningCLI):
             callbacks.append(RichProgressBar() if sys.stdout.isatty() else TQDMProgressBar(refresh_rate=50))
         if config.logger is None and not config.fast_dev_run:
             csv = CSVLogger(self.run_folder, name=self.run_name)
-            kwargs["logger"] = [csv, TensorBoardLogger(self.run_folder, name=self.run_name, version=csv.version)]
+            kwargs["logger"] = [csv]
+            if self.subcommand == "fit":
+                kwargs["logger"].append(TensorBoardLogger(self.run_folder, name=self.run_name, version=csv.version))
             callbacks.append(LearningRateMonitor(logging_interval="step"))
         if self.subcommand == "fit" and config.enable_checkpointing is not False and not config.fast_dev_run:
             callbacks += best_and_last(self.model)
         if self.subcommand == "predict":
             callbacks.append(PredictionWriter(self._get(self.config, "output")))
         self.trainer_defaults["callbacks"] = callbacks
-        return super().instantiate_trainer(use_distributed_sampler=False, **kwargs)
+        try:
+            return super().instantiate_trainer(use_distributed_sampler=False, **kwargs)
+        except ValueError as error:  # an unknown accelerator, strategy, number of devices
+            raise UserError(f"trainer: {error}") from error
 
     @property
     def run_folder(self) -> str:
@@ -184,7 +210,10 @@ class CLI(LightningCLI):
         """Train, then evaluate the best checkpoint so that the report speaks of the weights to be used."""
         self.trainer.fit(**kwargs)
         checkpoint = self.trainer.checkpoint_callback
-        if isinstance(checkpoint, ModelCheckpoint) and checkpoint.best_model_path and not self.trainer.interrupted:
+        if not isinstance(checkpoint, ModelCheckpoint) or self.trainer.interrupted:
+            return
+        # A resumed training whose best weights are those of the earlier run may no longer find them.
+        if Path(checkpoint.best_model_path).is_file():
             rank_zero_info(f"evaluating the best checkpoint: {checkpoint.best_model_path}")
             self.trainer.validate(self.model, datamodule=self.datamodule, ckpt_path="best", verbose=False)
 
@@ -220,18 +249,24 @@ def prepare_arguments(args: list[str]) -> list[str]:
     set_parsing_settings(
         import_path_denylist=["*"], import_path_allowlist=allowed, config_read_mode_fsspec_enabled=False
     )
+    args = [part for argument in args for part in split_config_flag(argument)]
     for at, (flag, value) in enumerate(itertools.pairwise(args), start=1):
-        if flag in ("-c", "--config") and not Path(value).exists():
-            if not (PROJECT / value).is_file():
-                raise UserError(f"{flag} {value}: no such file; `python -m tasks` lists the configurations")
-            args[at] = str(PROJECT / value)
         if flag in ("-c", "--config"):
-            check_syntax(Path(args[at]))
+            args[at] = str(find_config(value))
     return args
 
 
-def check_syntax(path: Path) -> None:
-    """Raise `UserError` unless the file can be read and holds YAML options."""
+def split_config_flag(argument: str) -> list[str]:
+    """``--config=FILE`` and ``-cFILE`` as two arguments."""
+    joined = re.fullmatch(r"(--config)=(.+)|(-c)=?([^-=].*)", argument)
+    return [part for part in joined.groups() if part] if joined else [argument]
+
+
+def find_config(value: str) -> Path:
+    """The configuration file, here or beside the packages; `UserError` unless it can be read and holds YAML options."""
+    path = next((path for path in (Path(value), PROJECT / value) if path.exists()), None)
+    if path is None:
+        raise UserError(f"-c {value}: no such file; `python -m tasks` lists the configurations")
     try:
         options = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError) as error:
@@ -239,7 +274,9 @@ def check_syntax(path: Path) -> None:
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(options, dict):
-        raise UserError(f"{path}: holds {type(options).__name__}; expected options such as 'model:' and 'data:'")
+        kind = "nothing" if options is None else f"a {type(options).__name__}"
+        raise UserError(f"{path}: holds {kind}; expected options such as 'model:' and 'data:'")
+    return path
 
 
 def message_for_user(error: BaseException | None) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
@@ -11,9 +12,11 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from tasks.core.errors import UserError
 from tasks.core.optim import OptimConfig, build_optimizer, build_scheduler
 from tasks.core.report import ReportParts
 
@@ -59,9 +62,19 @@ class TaskModule(LightningModule):
     def configure_optimizers(self) -> Any:
         """Optimizer and per-update schedule over the whole training, both made by timm."""
         optimizer = build_optimizer(self.network, self.optim)
-        total_steps = int(self.trainer.estimated_stepping_batches)
-        scheduler = build_scheduler(optimizer, self.optim, total_steps)
+        total_steps = self.trainer.estimated_stepping_batches
+        if total_steps == math.inf:
+            raise UserError("trainer.max_steps and trainer.max_epochs are -1: the schedule needs an end; give one")
+        scheduler = build_scheduler(optimizer, self.optim, int(total_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        """Say where a resumed training continues."""
+        if self.trainer.ckpt_path:
+            total = int(self.trainer.estimated_stepping_batches)
+            rank_zero_info(
+                f"resuming {self.trainer.ckpt_path}: epoch {self.current_epoch}, step {self.global_step} of {total}"
+            )
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         """timm's schedulers count updates themselves."""

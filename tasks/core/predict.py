@@ -39,7 +39,10 @@ class PredictionWriter(Callback):
             self.folder = Path(trainer.log_dir or trainer.default_root_dir) / "predictions"
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"{self.folder}: is a file; expected a folder for the predictions")
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{self.folder}: cannot be created ({error.strerror}); name another folder") from error
         self._names = []
 
     def on_predict_batch_end(

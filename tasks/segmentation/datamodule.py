@@ -213,6 +213,8 @@ class SegmentationDataModule(TaskDataModule):
         """Find the files that `stage` needs, so that missing data stops a run before it starts."""
         for split in {"fit": ("train", "val"), "validate": ("val",), "test": self.splits[-1:]}.get(stage, ()):
             self.samples(split)
+        if stage == "predict":
+            self.predict_dataset()
 
     def samples(self, split: str) -> list[Sample]:
         """Return the samples of a split; raises `DataError` if files are missing or not laid out as expected."""

@@ -1,0 +1,114 @@
+"""What the tests share: one thread per process, a tiny data set, the smallest configuration and the command line."""
+
+import logging
+import os
+import sys
+from typing import NamedTuple
+
+import pytest
+import yaml
+
+# Tests run side by side, one process per core; subprocesses inherit this.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+NUM_SCENES = 13  # no multiple of the batch size
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_ade20k(tmp_path_factory):
+    """13 training and 13 validation scenes of handwritten digits in the layout of ADE20K; not to be changed."""
+    from tasks.segmentation.sample import write_sample
+
+    root = tmp_path_factory.mktemp("data") / "tiny"
+    write_sample(root, NUM_SCENES, NUM_SCENES)
+    return root
+
+
+@pytest.fixture(scope="session")
+def tiny_options():
+    """Options, as nested dictionaries, of the smallest FASeg on the data at `root`: two steps on the CPU."""
+
+    def options(root):
+        network = {
+            "backbone": "test_resnet", "backbone_norm": "batch", "hidden_dim": 32, "mask_dim": 32, "num_queries": 8,
+            "num_heads": 4, "dim_feedforward": 32, "num_layers": 4, "encoder_layers": 1, "encoder_dim_feedforward": 32,
+            "omega_rate": 2, "num_points": 64,
+        }  # fmt: skip
+        optim = {"lr": 1e-3, "schedule": "poly"}
+        data = {"root": str(root), "batch_size": 4, "eval_batch_size": 5, "num_workers": 0}
+        return {
+            "model": {"class_path": "FASeg", "init_args": {**network, "optim": optim}},
+            "data": {"class_path": "DigitScenes", "init_args": data},
+            "trainer": {
+                "accelerator": "cpu",
+                "max_steps": 2,
+                "val_check_interval": 2,
+                "check_val_every_n_epoch": None,
+                "log_every_n_steps": 1,
+                "enable_progress_bar": False,
+                "enable_model_summary": False,
+            },
+        }
+
+    return options
+
+
+@pytest.fixture
+def tiny_config(tiny_options, tmp_path):
+    """Writes `tiny_options(root)`, with dotted `changes`, to a YAML file and returns its path."""
+
+    def write(root, name="tiny", changes=None):
+        options = tiny_options(root)
+        for key, value in (changes or {}).items():
+            *groups, leaf = key.split(".")
+            inner = options
+            for group in groups:
+                inner = inner.setdefault(group, {})
+            inner[leaf] = value
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(options, sort_keys=False))
+        return str(path)
+
+    return write
+
+
+class Outcome(NamedTuple):
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+
+def call_cli(args, capture):
+    """The command line of segmentation in this process; `capture` is capsys or the like."""
+    from tasks.core.cli import main
+    from tasks.segmentation.data import SegmentationDataModule
+    from tasks.segmentation.module import SegmentationModule
+
+    capture.readouterr()
+    for name in logging.root.manager.loggerDict:
+        for handler in logging.getLogger(name).handlers if name.startswith("lightning") else ():
+            handler.stream = sys.stderr  # not the closed one of the test that imported lightning
+    code = 0
+    try:
+        main(SegmentationModule, SegmentationDataModule, [str(argument) for argument in args])
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    out, err = capture.readouterr()
+    return Outcome(code, out, err)
+
+
+@pytest.fixture
+def run_cli(tmp_path, monkeypatch, capsys):
+    """Runs the command line of segmentation in `tmp_path` and returns (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["frugal"])
+    return lambda *args: call_cli(args, capsys)
