@@ -25,7 +25,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, Ri
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from backbones.checkpoint import CheckpointError
 from tasks.core.checkpoint import require_checkpoint_of
@@ -167,6 +167,13 @@ class CLI(LightningCLI):
             parser.add_subclass_arguments(TaskDataModule, "data")
             datamodule = parser.instantiate_classes(parser.parse_object({"data": config["data"]})).data
             raise SystemExit(0 if datamodule.check() else 1)
+        options = self._get(self.config, "model").init_args
+        if self._get(self.config, "ckpt_path"):
+            options.pretrained = False  # the checkpoint replaces all weights; nothing is to be downloaded for it
+        elif self.subcommand != "fit" and not options.weights:
+            rank_zero_warn(
+                f"{self.subcommand}: neither --model.weights nor --ckpt_path was given; the head is untrained"
+            )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add the run folder, loggers, checkpoints, progress bar, report and prediction writer."""
@@ -188,7 +195,7 @@ class CLI(LightningCLI):
             callbacks.append(PredictionWriter(self._get(self.config, "output")))
         self.trainer_defaults["callbacks"] = callbacks
         try:
-            return super().instantiate_trainer(use_distributed_sampler=False, **kwargs)
+            return super().instantiate_trainer(**kwargs)
         except ValueError as error:  # an unknown accelerator, strategy, number of devices
             raise UserError(f"trainer: {error}") from error
 
@@ -313,6 +320,7 @@ def main(module: type[TaskModule], datamodule: type[TaskDataModule], args: list[
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
             trainer_class=TaskTrainer,
+            trainer_defaults={"use_distributed_sampler": False},  # the datamodules divide the data themselves
             parser_class=Parser,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tasks.core.errors import UserError
+from tasks.core.errors import UserError, expect
 from tasks.core.optim import OptimConfig, build_optimizer, build_scheduler
 from tasks.core.report import ReportParts
 
@@ -44,6 +44,8 @@ class TaskModule(LightningModule):
         super().__init__()
         if not isinstance(optim, OptimConfig):  # a checkpoint holds plain values
             optim = OptimConfig(**(optim or {}))
+        if ema_decay is not None:
+            expect("model.ema_decay", ema_decay, 0 < ema_decay < 1, "a decay between 0 and 1, or null")
         self.optim = optim
         self.ema_decay = ema_decay
 
