@@ -219,8 +219,8 @@ class CLI(LightningCLI):
         checkpoint = self.trainer.checkpoint_callback
         if not isinstance(checkpoint, ModelCheckpoint) or self.trainer.interrupted:
             return
-        # A resumed training whose best weights are those of the earlier run may no longer find them.
-        if Path(checkpoint.best_model_path).is_file():
+        # A resumed training whose best weights are those of the earlier run may no longer find them. Rank 0 decides.
+        if self.trainer.strategy.broadcast(Path(checkpoint.best_model_path).is_file()):
             rank_zero_info(f"evaluating the best checkpoint: {checkpoint.best_model_path}")
             self.trainer.validate(self.model, datamodule=self.datamodule, ckpt_path="best", verbose=False)
 
