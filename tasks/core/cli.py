@@ -220,9 +220,10 @@ class CLI(LightningCLI):
         if not isinstance(checkpoint, ModelCheckpoint) or self.trainer.interrupted:
             return
         # A resumed training whose best weights are those of the earlier run may no longer find them. Rank 0 decides.
-        if self.trainer.strategy.broadcast(Path(checkpoint.best_model_path).is_file()):
-            rank_zero_info(f"evaluating the best checkpoint: {checkpoint.best_model_path}")
-            self.trainer.validate(self.model, datamodule=self.datamodule, ckpt_path="best", verbose=False)
+        best = checkpoint.best_model_path
+        if best := self.trainer.strategy.broadcast(best if Path(best).is_file() else ""):
+            rank_zero_info(f"evaluating the best checkpoint: {best}")
+            self.trainer.validate(self.model, datamodule=self.datamodule, ckpt_path=best, verbose=False)
 
     def predict(self, **kwargs: Any) -> None:
         """Predict; the results go to files, not to memory."""
