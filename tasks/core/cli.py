@@ -37,8 +37,7 @@ from tasks.core.report import ReportCallback
 
 ALLOWED_IMPORTS = ["tasks", "backbones", "efficiency", "lightning"]
 PROJECT = Path(__file__).resolve().parents[2]
-
-
+# How jsonargparse words an option it does not know, by where it was given.
 UNKNOWN_OPTION = (
     r"[Uu]nrecognized arguments: (?:--)?([\w.]+)",
     r"Option '([\w.]+)' is not accepted",
