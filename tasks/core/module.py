@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tasks.core.errors import UserError, expect
-from tasks.core.optim import OptimConfig, build_optimizer, build_scheduler
+from tasks.core.optim import OptimConfig, build_optimizer, build_scheduler, for_training
 from tasks.core.report import ReportParts
 
 
@@ -63,12 +63,29 @@ class TaskModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Optimizer and per-update schedule over the whole training, both made by timm."""
-        optimizer = build_optimizer(self.network, self.optim)
         total_steps = self.trainer.estimated_stepping_batches
         if total_steps == math.inf:
             raise UserError("trainer.max_steps and trainer.max_epochs are -1: the schedule needs an end; give one")
-        scheduler = build_scheduler(optimizer, self.optim, int(total_steps))
+        config = self._optim_of_this_training()
+        optimizer = build_optimizer(self.network, config)
+        scheduler = build_scheduler(optimizer, config, int(total_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _optim_of_this_training(self) -> OptimConfig:
+        """`optim` for the global batch and the length of an epoch at hand; says what the learning rate became."""
+        trainer, global_batch, updates_per_epoch = self.trainer, 1, 0
+        if self.optim.reference_batch_size:
+            batch_size = getattr(getattr(trainer, "datamodule", None), "batch_size", None)
+            if batch_size is None:
+                raise UserError("optim.reference_batch_size: needs a datamodule with batch_size; got loaders alone")
+            global_batch = batch_size * trainer.world_size * trainer.accumulate_grad_batches
+        if self.optim.warmup_epochs:
+            trainer.fit_loop.setup_data()
+            updates_per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+        config = for_training(self.optim, global_batch, updates_per_epoch)
+        if self.optim.reference_batch_size:
+            rank_zero_info(f"learning rate {config.lr:.1e} for a global batch of {global_batch}")
+        return config
 
     def on_train_start(self) -> None:
         """Say where a resumed training continues."""
@@ -100,12 +117,13 @@ class TaskModule(LightningModule):
         self._seed = torch.initial_seed()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Draw what is random in a step (points, dropout) from (seed, process, epoch, batch) alone.
+        """Draw what is random in a step (points, dropout, mixup) from (seed, process, epoch, batch) alone.
 
         A resumed training then takes the steps of an uninterrupted one, and no two processes draw the same numbers.
         """
         sequence = np.random.SeedSequence((self._seed, self.global_rank, self.current_epoch, batch_idx))
         torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
+        np.random.seed(sequence.generate_state(4))  # noqa: NPY002 (timm's mixup draws from the global generator)
 
     # -- evaluation -----------------------------------------------------------------------------------------------
 

@@ -1,10 +1,11 @@
 """Parameter groups, optimizer and learning-rate schedule, made by timm from plain values."""
 
+import dataclasses
 import difflib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from fnmatch import fnmatch
+from fnmatch import fnmatch, fnmatchcase
 from typing import Any, Literal
 
 import torch
@@ -28,23 +29,29 @@ class OptimConfig:
 
     Args:
         optimizer: Name of an optimizer of timm, e.g. ``adamw`` or ``sgd``.
-        lr: Learning rate of parameters without multiplier.
+        lr: Learning rate of parameters without multiplier, for a global batch of `reference_batch_size`.
         weight_decay: Weight decay of the parameters that take it, see `no_decay`.
         betas: Running-average coefficients of Adam-like optimizers; None keeps the optimizer's own.
         momentum: Momentum of SGD-like optimizers; None keeps timm's 0.9.
-        lr_multipliers: Factor on the learning rate by prefix of the parameter name, e.g. ``{backbone: 0.1}``; the
-            longest matching prefix counts.
+        lr_multipliers: Factor on `lr` by prefix of the parameter name, e.g. ``{backbone: 0.1}``, or by a pattern for
+            the whole name, e.g. ``{"*.conv_offset.weight": 0.01}``; the longest key that matches counts. `warmup_lr`
+            and `min_lr` are not multiplied, as in torch, mmcv and the code of LIT and LITv2, where offsets at
+            ``0.01 * lr = min_lr`` keep one learning rate after the warm-up. A factor of 0 holds parameters still.
         no_decay: Which parameters take no weight decay: ``norm_and_embedding`` (normalisation layers, embeddings and
             position tables; biases do decay) or ``1d`` (timm: vectors, biases and the model's own list).
-        layer_decay: Factor on the backbone's learning rate per layer below the top (1 at the head); None is off.
+        layer_decay: Factor on the backbone's whole schedule per layer below the top (1 at the head), as in timm; None
+            is off.
         schedule: ``poly``, ``cosine``, ``multistep`` or ``constant``.
         power: Exponent of ``poly``: lr * (1 - update / total)^power.
         milestones: Updates at which ``multistep`` multiplies the learning rate by `gamma`.
         gamma: Factor of ``multistep``.
         warmup_steps: Updates of linear warm-up from `warmup_lr`; they are part of the total.
-        warmup_lr: Learning rate of update 0 under warm-up, for a parameter with multiplier 1.
-        min_lr: Final learning rate of ``poly`` and ``cosine``, for a parameter with multiplier 1.
+        warmup_epochs: The same in epochs; a fraction is rounded to whole updates.
+        warmup_lr: Learning rate of update 0 under warm-up.
+        min_lr: Final learning rate of ``poly`` and ``cosine``.
         clip_grad: Largest global L2 norm of the gradient; None does not clip.
+        reference_batch_size: The global batch (samples per process x processes x accumulated batches) that `lr`,
+            `warmup_lr` and `min_lr` are given for; with another one all three change in proportion. None leaves them.
     """
 
     optimizer: str = "adamw"
@@ -60,9 +67,11 @@ class OptimConfig:
     milestones: list[int] = field(default_factory=list)
     gamma: float = 0.1
     warmup_steps: int = 0
+    warmup_epochs: float = 0.0
     warmup_lr: float = 0.0
     min_lr: float = 0.0
     clip_grad: float | None = None
+    reference_batch_size: int | None = None
 
     def __post_init__(self) -> None:
         # A look-ahead wrapper is part of timm's name: lookahead_adamw.
@@ -75,11 +84,21 @@ class OptimConfig:
         expect("schedule", self.schedule, self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
         expect("no_decay", self.no_decay, self.no_decay in NO_DECAY_RULES, f"one of {', '.join(NO_DECAY_RULES)}")
         expect("lr", self.lr, 0 < self.lr < math.inf, "a positive number")
-        for name in ("weight_decay", "warmup_steps", "warmup_lr", "min_lr", "power", "gamma"):
+        for name in ("weight_decay", "warmup_steps", "warmup_epochs", "warmup_lr", "min_lr", "power", "gamma"):
             value = getattr(self, name)
             expect(name, value, 0 <= value < math.inf, "a number of at least 0")
-        for prefix, factor in self.lr_multipliers.items():
-            expect(f"lr_multipliers.{prefix}", factor, 0 <= factor < math.inf, "a number of at least 0")
+        if self.warmup_steps and self.warmup_epochs:
+            raise UserError(
+                f"warmup_epochs: {self.warmup_epochs} was given beside warmup_steps: {self.warmup_steps}, one of them "
+                "was expected"
+            )
+        batch = self.reference_batch_size
+        expect("reference_batch_size", batch, batch is None or batch > 0, "a positive number of samples or null")
+        for key, factor in self.lr_multipliers.items():
+            expect(f"lr_multipliers.{key}", factor, 0 <= factor < math.inf, "a number of at least 0")
+            rising_to = self.min_lr if self.schedule in ("poly", "cosine") and factor else 0.0
+            fits = rising_to <= self.lr * factor * (1 + 1e-6)  # 0.01 * 1e-3 is a little less than 1e-5
+            expect(f"lr_multipliers.{key}", factor, fits, f"a product with lr of at least min_lr ({self.min_lr})")
         expect("layer_decay", self.layer_decay, self.layer_decay is None or 0 < self.layer_decay <= 1, "0 < value <= 1")
         expect("clip_grad", self.clip_grad, self.clip_grad is None or self.clip_grad > 0, "a positive number or null")
         rising = all(a < b for a, b in zip([0, *self.milestones], self.milestones, strict=False))
@@ -99,23 +118,26 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Group the trainable parameters of `model` by learning rate and weight decay; each appears exactly once.
 
-    A group has ``params``, ``lr``, ``weight_decay``, ``name`` and, for timm's schedules, ``initial_lr`` (`lr`) and
-    ``lr_scale`` (its factor on it). See `OptimConfig` for the arguments. Raises UserError for a multiplier whose prefix
-    matches no parameter and for `layer_decay` with a backbone that does not number its layers.
+    A group has ``params``, ``lr``, ``weight_decay``, ``name`` and, for timm's schedules, ``initial_lr`` (`lr` times the
+    multiplier) and ``lr_scale`` (the factor on the whole schedule). See `OptimConfig` for the arguments. Raises
+    UserError for a multiplier that matches no parameter and for `layer_decay` with a backbone that does not number its
+    layers.
     """
     multipliers = lr_multipliers or {}
     undecayed = _norm_and_embedding_names(model) if no_decay == "norm_and_embedding" else _timm_undecayed_names(model)
     layers, depth = _backbone_layers(model) if layer_decay is not None else ({}, 0)
     used: set[str] = set()
-    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    groups: dict[tuple[float, float, float], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
-        prefixes = [p for p in multipliers if name == p or name.startswith(p.rstrip(".") + ".")]
-        used.update(prefixes)
+        keys = [key for key in multipliers if _concerns(key, name)]
+        used.update(keys)
         if not parameter.requires_grad:
             continue
-        prefix = max(prefixes, key=len, default=None)
-        scale = 1.0 if prefix is None else multipliers[prefix]
-        label = prefix or ("backbone" if name in layers else "base")
+        key = max(keys, key=len, default=None)
+        factor, scale = 1.0 if key is None else multipliers[key], 1.0
+        if factor == 0:  # min_lr must not move what is to be held still
+            factor, scale = 1.0, 0.0
+        label = key or ("backbone" if name in layers else "base")
         if layer_decay is not None and name in layers:
             scale *= layer_decay ** (depth - layers[name])
             label += f" layer {layers[name]}"
@@ -123,21 +145,37 @@ def parameter_groups(
         if name in undecayed:
             label += " no decay"
         group = groups.setdefault(
-            (scale, decay),
+            (factor, scale, decay),
             {
                 "params": [],
-                "lr": lr * scale,
+                "lr": lr * factor * scale,
                 "weight_decay": decay,
                 "name": label,
-                "initial_lr": lr,
+                "initial_lr": lr * factor,
                 "lr_scale": scale,
             },
         )
         group["params"].append(parameter)
     if unused := sorted(set(multipliers) - used):
         names = ", ".join(dict.fromkeys(name.partition(".")[0] for name, _ in model.named_parameters()))
-        raise UserError(f"lr_multipliers: no parameter starts with {', '.join(unused)}; parameters start with {names}")
+        raise UserError(
+            f"lr_multipliers: no parameter starts with or matches {', '.join(unused)}; parameters start with {names}"
+        )
     return list(groups.values())
+
+
+def for_training(config: OptimConfig, global_batch: int, updates_per_epoch: int) -> OptimConfig:
+    """`config` with the learning rates of `global_batch` and the warm-up in updates, as the schedule needs them."""
+    scale = global_batch / config.reference_batch_size if config.reference_batch_size else 1.0
+    return dataclasses.replace(
+        config,
+        lr=config.lr * scale,
+        warmup_lr=config.warmup_lr * scale,
+        min_lr=config.min_lr * scale,
+        warmup_steps=config.warmup_steps or round(config.warmup_epochs * updates_per_epoch),
+        warmup_epochs=0.0,
+        reference_batch_size=None,
+    )
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
@@ -172,7 +210,10 @@ def build_scheduler(optimizer: torch.optim.Optimizer, config: OptimConfig, total
     """
     expect("the number of training steps", total_steps, total_steps > 0, "at least 1")
     if config.warmup_steps > total_steps:
-        raise UserError(f"warmup_steps: {config.warmup_steps} is more than the {total_steps} steps of the training")
+        raise UserError(
+            f"warmup_steps: {config.warmup_steps} is more than the {total_steps} steps of the training (those of "
+            "warmup_epochs included)"
+        )
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched=config.schedule,
@@ -187,6 +228,11 @@ def build_scheduler(optimizer: torch.optim.Optimizer, config: OptimConfig, total
         warmup_lr=config.warmup_lr,
     )
     return scheduler
+
+
+def _concerns(key: str, name: str) -> bool:
+    """Whether a multiplier's key is the parameter's name, a prefix of it that ends at a dot, or a pattern for it."""
+    return name == key or name.startswith(key.rstrip(".") + ".") or fnmatchcase(name, key)
 
 
 def _norm_and_embedding_names(model: nn.Module) -> set[str]:
