@@ -1,6 +1,8 @@
 """Backbones: pixels in, a feature pyramid out."""
 
+from backbones import hvt, lit, litv2  # noqa: F401  (registers their networks with timm)
 from backbones.checkpoint import CheckpointError, LoadReport, load_checkpoint
 from backbones.features import create, create_features
+from backbones.token_pooling import pool_tokens
 
-__all__ = ["CheckpointError", "LoadReport", "create", "create_features", "load_checkpoint"]
+__all__ = ["CheckpointError", "LoadReport", "create", "create_features", "load_checkpoint", "pool_tokens"]

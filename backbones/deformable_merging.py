@@ -68,8 +68,8 @@ def sample_2x2(x: Tensor, offsets: Tensor) -> Tensor:
 
     Args:
         x: Channel-last map (B, H, W, C).
-        offsets: Displacements in tokens (B, h, w, 8) of the 2h x 2w first tokens: for each of the four tokens of a cell,
-            row by row, first down, then right.
+        offsets: Displacements in tokens (B, h, w, 8) of the 2h x 2w first tokens: for each of the four tokens of a
+            cell, row by row, first down, then right.
 
     Returns:
         Samples (B, h, w, 4C), zero outside the map; differentiable in both arguments.
