@@ -8,6 +8,7 @@ the same for any number of workers and after resuming in mid-epoch, and no two w
 import random
 import warnings
 from collections.abc import Callable, Iterator, Sized
+from contextlib import contextmanager
 from typing import Any, Protocol, cast
 
 import cv2
@@ -51,6 +52,8 @@ class TrainSampler(Sampler[int]):
 
     An epoch is one pass over the `length` samples, or as many passes as fill one global batch when the set is smaller;
     the remainder that does not fill a global batch is dropped. The order depends on (seed, pass) only.
+    With `repeats` R each sample comes R times in a row, under R virtual indices and so on different processes, and the
+    epoch is cut to the length it has without: repeated augmentation (arXiv 1901.09335) with DeiT's sampling.
     `batch_size` counts samples per process. A resumed run starts with `epoch` and skips its first `start` batches;
     `len()` stays that of a whole epoch. `rank` and `world_size` come from `torch.distributed` unless given.
     """
@@ -62,6 +65,7 @@ class TrainSampler(Sampler[int]):
         seed: int,
         shuffle: bool = True,
         *,
+        repeats: int = 1,
         epoch: int = 0,
         start: int = 0,
         rank: int | None = None,
@@ -71,6 +75,7 @@ class TrainSampler(Sampler[int]):
         self.rank = default_rank if rank is None else rank
         self.world_size = default_world_size if world_size is None else world_size
         self.length, self.batch_size, self.seed, self.shuffle = length, batch_size, seed, shuffle
+        self.repeats = repeats
         global_batch = batch_size * self.world_size
         self.passes = -(-global_batch // length)  # 1 unless the set is smaller than a global batch
         self.num_batches = self.passes * length // global_batch
@@ -91,10 +96,11 @@ class TrainSampler(Sampler[int]):
         yield from mine[self._skip if self.epoch == self._resumed_epoch else 0 :].tolist()
 
     def _order(self, number: int) -> np.ndarray:
-        """Virtual indices of one pass over the data."""
+        """Virtual indices of one pass over the data: those of its repeats are numbered like passes of their own."""
         generator = np.random.default_rng((self.seed, number))
         order = generator.permutation(self.length) if self.shuffle else np.arange(self.length)
-        return order + number * self.length
+        virtual_passes = number * self.repeats + np.arange(self.repeats)
+        return (order[:, None] + virtual_passes * self.length).ravel()
 
 
 class EvaluationSampler(Sampler[int]):
@@ -147,6 +153,26 @@ def seed_augmentation(augmentation: Augmentation, seed: int, epoch: int, index: 
     augmentation.set_random_state(generator, random.Random(int(words[0])))
 
 
+@contextmanager
+def seeded_generators(seed: int, epoch: int, index: int) -> Iterator[None]:
+    """Make what is drawn inside from `random`, `numpy.random` and torch (CPU) depend on (seed, epoch, index) only.
+
+    For transforms that draw from these global generators, which continue afterwards as if nothing had been drawn.
+    """
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    words = np.random.SeedSequence((seed, epoch, index)).generate_state(6, np.uint32)
+    random.seed(int(words[0]) << 32 | int(words[1]))
+    np.random.seed(words[2:4])  # noqa: NPY002
+    # Not torch.manual_seed, which would seed GPUs too.
+    torch.default_generator.manual_seed(int(words[4]) << 32 | int(words[5]))
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])  # noqa: NPY002
+        torch.set_rng_state(before[2])
+
+
 def _start_worker(worker: int) -> None:
     # One process per worker is the parallelism; OpenCV's own threads would only compete with it.
     cv2.setNumThreads(0)
@@ -158,6 +184,7 @@ class TaskDataModule(LightningDataModule):
     `batch_size` and `eval_batch_size` count samples per process. Create the Trainer with
     `use_distributed_sampler=False`: the samplers here already divide the data between processes, and those for
     evaluation never repeat or drop a sample. The position inside an epoch is part of every checkpoint.
+    `repeats` is the number of differently augmented copies of each training sample in a row (see `TrainSampler`).
 
     Subclasses implement `train_dataset`, `val_dataset`, `test_dataset`, `predict_dataset` (map-style; the one for
     training is indexed by virtual indices) and may override `train_collate` and `eval_collate`. The latter, and the
@@ -172,11 +199,12 @@ class TaskDataModule(LightningDataModule):
         num_workers: int = 2,
         seed: int = 0,
         pin_memory: bool = True,
+        repeats: int = 1,
     ) -> None:
         super().__init__()
-        for name, value, least in (("batch_size", batch_size, 1), ("eval_batch_size", eval_batch_size, 1)):
-            if value < least:
-                raise UserError(f"{name} is {value}; expected at least {least}")
+        for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size), ("repeats", repeats)):
+            if value < 1:
+                raise UserError(f"{name} is {value}; expected at least 1")
         if num_workers < 0 or seed < 0:
             raise UserError(f"num_workers is {num_workers} and seed {seed}; expected values of at least 0")
         self.root = root
@@ -185,6 +213,7 @@ class TaskDataModule(LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
         self.pin_memory = pin_memory
+        self.repeats = repeats
         self._resume = {"epoch": 0, "batches": 0}
 
     train_collate: Callable[[list[Any]], Any] | None = None
@@ -217,6 +246,7 @@ class TaskDataModule(LightningDataModule):
             len(cast(Sized, dataset)),
             self.batch_size,
             self.seed,
+            repeats=self.repeats,
             epoch=self._resume["epoch"],
             start=self._resume["batches"],
         )

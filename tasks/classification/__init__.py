@@ -1,0 +1,1 @@
+"""Image classification with any backbone of timm and our own: LIT, LITv2, HVT."""
