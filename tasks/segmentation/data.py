@@ -4,7 +4,6 @@ Every batch holds RGB uint8 images and train ids 0..K-1 with 255 for pixels to i
 """
 
 import colorsys
-import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -16,10 +15,11 @@ import numpy as np
 
 from tasks.core.data import DataError
 from tasks.core.sample import cache_folder, write_folder_once
+from tasks.core.splits import Listing, fraction_by_name
 from tasks.segmentation import sample
 from tasks.segmentation.datamodule import Palette, SegmentationDataModule
 from tasks.segmentation.labels import IGNORE
-from tasks.segmentation.reading import LabelTable, Listing
+from tasks.segmentation.reading import LabelTable, Sample
 
 # Name, value in *_labelIds.png, colour of the 19 evaluated classes of Cityscapes, by train id.
 CITYSCAPES_CLASSES = (
@@ -85,7 +85,7 @@ root/annotations/validation/ADE_val_00000001.png"""
         pairs = {0: IGNORE} | {train_id + 1: train_id for train_id in range(self.num_classes)}
         return LabelTable.from_pairs(pairs, f"1 to {self.num_classes}, or 0 for other pixels")
 
-    def scan(self, split: str) -> Listing:
+    def scan(self, split: str) -> Listing[list[Sample]]:
         """List the files of "train" or "val"; their contents are not read."""
         folder = {"train": "training", "val": "validation"}[split]
         return self._pairs(Path(self.root, "images", folder), Path(self.root, "annotations", folder))
@@ -202,7 +202,7 @@ root/gtFine/val/frankfurt/frankfurt_000000_000294_gtFine_labelTrainIds.png (or _
         pairs |= {label_id: train_id for train_id, (_, label_id, _) in enumerate(CITYSCAPES_CLASSES)}
         return LabelTable.from_pairs(pairs, "label ids 0 to 33")
 
-    def scan(self, split: str) -> Listing:
+    def scan(self, split: str) -> Listing[list[Sample]]:
         """List the files of "train" or "val"; their contents are not read."""
         images, masks = Path(self.root, "leftImg8bit", split), Path(self.root, "gtFine", split)
         return self._pairs(images, masks, "_leftImg8bit", f"_gtFine_{self._annotation}.png")
@@ -242,7 +242,7 @@ root/images/val/b.jpg        root/masks/val/b.png
     def _classes(self) -> tuple[list[str], Palette]:
         path = Path(self.root, "classes.txt")
         if not path.is_file():
-            raise DataError(self._missing(f"{path}: file not found."))
+            raise DataError(self.missing(f"{path}: file not found."))
         return read_classes(path)
 
     @property
@@ -265,7 +265,7 @@ root/images/val/b.jpg        root/masks/val/b.png
         """Names of the annotated splits."""
         return ("train", "val", "test") if Path(self.root, "images", "test").is_dir() else ("train", "val")
 
-    def scan(self, split: str) -> Listing:
+    def scan(self, split: str) -> Listing[list[Sample]]:
         """List the files of a split; their contents are not read."""
         images, masks = Path(self.root, "images"), Path(self.root, "masks")
         if any((images / name).is_dir() for name in ("train", "val", "test")):
@@ -306,9 +306,3 @@ def _distinct_colour(index: int) -> tuple[int, int, int]:
     # Steps of the golden ratio keep any number of hues apart.
     red, green, blue = colorsys.hsv_to_rgb(index * 0.618034 % 1, 0.75 if index % 2 else 0.55, 0.9)
     return round(255 * red), round(255 * green), round(255 * blue)
-
-
-def fraction_by_name(ids: Sequence[str], fraction: float) -> set[str]:
-    """Choose a fixed share of names, at least one, by their hashes: adding names moves few of the others."""
-    ranked = sorted(ids, key=lambda id: hashlib.sha256(id.encode()).hexdigest())
-    return set(ranked[: max(1, round(fraction * len(ids)))])

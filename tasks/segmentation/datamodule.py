@@ -2,9 +2,8 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import albumentations as A
 import numpy as np
@@ -12,13 +11,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from tasks.core.data import DataError, TaskDataModule, missing_data_message, seed_augmentation
+from tasks.core.data import DataError, seed_augmentation
+from tasks.core.images import read_image
+from tasks.core.splits import Listing, SplitDataModule
 from tasks.segmentation.check import check_dataset, print_result
-from tasks.segmentation.reading import LabelTable, Listing, Sample, find_images, pair_files, read_image, read_pair
+from tasks.segmentation.reading import LabelTable, Sample, pair_files, read_pair, samples_to_predict
 from tasks.segmentation.transforms import SSDColorJitter, resize_image, resized_size, train_transforms
 
 ADE20K_SHORT_SIDES = tuple(512 * tenths // 10 for tenths in range(5, 21))  # 256, 307, 358, 409, … 1024
-SAMPLE_COMMAND = "python -m tasks.segmentation fit -c configs/sample/faseg.yaml"
 Palette = Sequence[tuple[int, int, int]]
 
 
@@ -97,7 +97,7 @@ def _mask_tensor(mask: np.ndarray) -> Tensor:
     return torch.from_numpy(mask.copy())
 
 
-class SegmentationDataModule(TaskDataModule):
+class SegmentationDataModule(SplitDataModule[list[Sample]]):
     """Base of the datamodules for segmentation. The defaults are the recipe of Mask2Former and FASeg for ADE20K.
 
     In training, the shorter image side is resized to one of `train_short_sides` (the longer at most to
@@ -106,8 +106,7 @@ class SegmentationDataModule(TaskDataModule):
     `images` names what `predict` reads: a folder, a file or a glob pattern; without it, the validation images.
     """
 
-    layout: ClassVar[str]
-    source: ClassVar[str]
+    sample_command = "python -m tasks.segmentation fit -c configs/sample/faseg.yaml"
     train_collate = staticmethod(stack_samples)
     eval_collate = staticmethod(list_samples)
 
@@ -164,15 +163,6 @@ class SegmentationDataModule(TaskDataModule):
         raise NotImplementedError
 
     @property
-    def splits(self) -> tuple[str, ...]:
-        """Names of the annotated splits."""
-        return ("train", "val")
-
-    def scan(self, split: str) -> Listing:
-        """List the files of a split; their contents are not read."""
-        raise NotImplementedError
-
-    @property
     def num_classes(self) -> int:
         """Number of classes K."""
         return len(self.class_names)
@@ -206,25 +196,8 @@ class SegmentationDataModule(TaskDataModule):
 
     def predict_dataset(self) -> EvaluationDataset:
         """Return the images named by `images`, or the validation images, without label maps."""
-        samples = self.samples("val") if self.images is None else find_images(self.images)
+        samples = self.samples("val") if self.images is None else samples_to_predict(self.images)
         return self._evaluation_dataset(samples, None)
-
-    def setup(self, stage: str) -> None:
-        """Find the files that `stage` needs, so that missing data stops a run before it starts."""
-        for split in {"fit": ("train", "val"), "validate": ("val",), "test": self.splits[-1:]}.get(stage, ()):
-            self.samples(split)
-        if stage == "predict":
-            self.predict_dataset()
-
-    def samples(self, split: str) -> list[Sample]:
-        """Return the samples of a split; raises `DataError` if files are missing or not laid out as expected."""
-        if split not in self._samples:
-            listing = self.scan(split)
-            if listing.problems:
-                first, others = listing.problems[0], len(listing.problems) - 1
-                raise DataError(f"{first} (and {others} more problems; `check` lists them all)" if others else first)
-            self._samples[split] = listing.samples
-        return self._samples[split]
 
     def check(self) -> bool:
         """Read the whole data set, print what is in it and everything that is wrong; True if nothing is."""
@@ -232,21 +205,14 @@ class SegmentationDataModule(TaskDataModule):
         print_result(result)
         return not result.problems
 
-    @cached_property
-    def _samples(self) -> dict[str, list[Sample]]:
-        return {}
-
     def _evaluation_dataset(self, samples: Sequence[Sample], labels: LabelTable | None) -> EvaluationDataset:
         return EvaluationDataset(samples, labels, self.test_short_side, self.test_max_long_side)
 
-    def _missing(self, what: str) -> str:
-        return missing_data_message(what, self.layout, self.source, SAMPLE_COMMAND)
-
-    def _pairs(self, images: Path, masks: Path, image_end: str = "", mask_end: str = ".png") -> Listing:
+    def _pairs(self, images: Path, masks: Path, image_end: str = "", mask_end: str = ".png") -> Listing[list[Sample]]:
         for folder in (images, masks):
             if not folder.is_dir():
-                return Listing([], [self._missing(f"{folder}: folder not found.")])
+                return Listing([], [self.missing(f"{folder}: folder not found.")])
         listing = pair_files(images, masks, image_end, mask_end)
         if not listing.samples and not listing.problems:
-            listing.problems.append(self._missing(f"{images}: contains no images."))
+            listing.problems.append(self.missing(f"{images}: contains no images."))
         return listing

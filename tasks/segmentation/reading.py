@@ -1,19 +1,16 @@
-"""Finding and reading images and label maps; whatever is wrong with a file is one `DataError` that names it."""
+"""Finding and reading label maps and their images; whatever is wrong with a file is one `DataError` that names it."""
 
-import glob
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
 
 from tasks.core.data import DataError
+from tasks.core.images import decoded_image, find_images, list_images, read_image
+from tasks.core.splits import Listing
 from tasks.segmentation.labels import IGNORE
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 INVALID = -1
 
 
@@ -24,15 +21,6 @@ class Sample:
     image: Path
     mask: Path | None
     id: str
-
-
-@dataclass(frozen=True)
-class Listing:
-    """The files of a split: its samples in order, what is wrong with the files, and what may be fine but is unusual."""
-
-    samples: list[Sample]
-    problems: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -69,36 +57,15 @@ class LabelTable:
         return self.table.astype(np.uint8)[values]
 
 
-def read_image(path: Path) -> np.ndarray:
-    """Read an 8-bit image of any colour mode as RGB uint8 (H, W, 3), turned upright as its EXIF data says."""
-    with _decoded(path) as image:
-        if image.mode.startswith(("I", "F")):
-            raise DataError(f"{path}: pixels of 16 or 32 bits (mode {image.mode}); expected an 8-bit image")
-        return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-
-
 def read_label_values(path: Path) -> np.ndarray:
     """Read a single-channel annotation as uint8 (H, W): grey values, or the indices of a palette image."""
-    with _decoded(path) as image:
+    with decoded_image(path) as image:
         if image.mode not in ("1", "L", "P"):
             raise DataError(
                 f"{path}: a label map of mode {image.mode}; expected one 8-bit channel (grey or palette PNG)"
                 " that holds class numbers, not colours"
             )
         return np.asarray(image, dtype=np.uint8)
-
-
-@contextmanager
-def _decoded(path: Path) -> Iterator[Image.Image]:
-    try:
-        image = Image.open(path)
-        image.load()
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: file not found") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: cannot be read as an image ({error})") from error
-    with image:
-        yield image
 
 
 def read_pair(sample: Sample, labels: LabelTable) -> tuple[np.ndarray, np.ndarray]:
@@ -115,12 +82,7 @@ def read_pair(sample: Sample, labels: LabelTable) -> tuple[np.ndarray, np.ndarra
     return image, mask
 
 
-def list_images(folder: Path) -> list[Path]:
-    """Return the image files below a folder, sorted by path."""
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
-
-
-def pair_files(images: Path, masks: Path, image_end: str = "", mask_end: str = ".png") -> Listing:
+def pair_files(images: Path, masks: Path, image_end: str = "", mask_end: str = ".png") -> Listing[list[Sample]]:
     """Pair `images/**/<id><image_end>.<suffix>` with `masks/**/<id><mask_end>`; file contents are not read."""
     found: dict[str, Sample] = {}
     problems = []
@@ -141,23 +103,13 @@ def pair_files(images: Path, masks: Path, image_end: str = "", mask_end: str = "
     return Listing(list(found.values()), problems, [f"{mask}: has no image" for mask in sorted(unused)])
 
 
-def find_images(images: str) -> list[Sample]:
+def samples_to_predict(images: str) -> list[Sample]:
     """Return the images named by a folder, a file or a glob pattern; raises `DataError` if there are none.
 
     Ids are paths, without suffix, relative to the folder that holds them all.
     """
-    path = Path(images)
-    if path.is_dir():
-        paths = list_images(path)
-    elif path.is_file():
-        paths = [path]
-    else:
-        matches = sorted(Path(match) for match in glob.glob(images, recursive=True))
-        paths = [match for match in matches if match.is_file() and match.suffix.lower() in IMAGE_SUFFIXES]
-    if not paths:
-        raise DataError(f"images is {images!r}, where no image was found; expected a folder, a file or a glob pattern")
-    base = path if path.is_dir() else Path(os.path.commonpath([match.parent for match in paths]))
-    samples = [Sample(match, None, match.relative_to(base).with_suffix("").as_posix()) for match in paths]
+    folder, paths = find_images(images)
+    samples = [Sample(path, None, path.relative_to(folder).with_suffix("").as_posix()) for path in paths]
     _check_unique(samples)
     return samples
 

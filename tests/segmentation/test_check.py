@@ -21,7 +21,7 @@ def test_counts_sizes_and_pixels(sample, capsys):
     assert result.problems == []
     train = result.splits["train"]
     assert (train.num_images, result.splits["val"].num_images) == (40, 20)
-    assert train.smallest == train.largest == (64, 64)
+    assert train.sizes.smallest == train.sizes.largest == (64, 64)
     assert train.pixels.sum() + train.ignored_pixels == 40 * 64 * 64
     assert train.images_with[10] == 40
     values = [np.asarray(Image.open(path)) for path in Path(sample.root, "annotations/training").iterdir()]
@@ -75,7 +75,7 @@ def test_absent_classes_are_noted(tmp_path):
     assert result.problems == []
     assert "train: no pixel of sky, tree" in result.notes
     assert "val: no pixel of ground, sky" in result.notes
-    assert result.splits["val"].largest == (8, 8)
+    assert result.splits["val"].sizes.largest == (8, 8)
 
 
 def test_files_shared_by_both_splits_are_reported_once(tmp_path):

@@ -7,16 +7,17 @@ import torch
 from PIL import Image
 
 from tasks.core.data import DataError
+from tasks.core.images import read_image
+from tasks.core.splits import fraction_by_name
 from tasks.segmentation.data import (
     ADE20K,
     CITYSCAPES_CLASSES,
     Cityscapes,
     DigitScenes,
     SegmentationFolder,
-    fraction_by_name,
     read_classes,
 )
-from tasks.segmentation.reading import find_images, read_image, read_label_values
+from tasks.segmentation.reading import read_label_values, samples_to_predict
 
 SMALL = {
     "num_workers": 0,
@@ -222,17 +223,17 @@ def test_predict_reads_a_folder_a_file_or_a_pattern(tmp_path):
     data = ADE20K("nowhere", images=str(tmp_path / "in"), **SMALL)
     data.setup("predict")  # needs no annotated data
     assert [batch["id"] for batch in data.predict_dataloader()] == [["b"], ["deep/a"]]
-    assert [sample.id for sample in find_images(str(tmp_path / "in" / "b.png"))] == ["b"]
-    assert [sample.id for sample in find_images(str(tmp_path / "in" / "**" / "*"))] == ["b", "deep/a"]
+    assert [sample.id for sample in samples_to_predict(str(tmp_path / "in" / "b.png"))] == ["b"]
+    assert [sample.id for sample in samples_to_predict(str(tmp_path / "in" / "**" / "*"))] == ["b", "deep/a"]
 
 
 def test_predict_refuses_nothing_and_ambiguous_names(tmp_path):
     with pytest.raises(DataError, match=r"images is 'nothing\*'"):
-        find_images("nothing*")
+        samples_to_predict("nothing*")
     save(tmp_path / "a.png", picture())
     save(tmp_path / "a.jpg", picture())
     with pytest.raises(DataError, match="would have the same prediction file"):
-        find_images(str(tmp_path))
+        samples_to_predict(str(tmp_path))
 
 
 @pytest.fixture
