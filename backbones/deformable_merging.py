@@ -56,7 +56,7 @@ class DeformableConv2x2(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve a map (B, H, W, C) to (B, H // 2, W // 2, C')."""
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
             x = x.to(self.weight.dtype)
             offsets = self.conv_offset(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
             kernel = self.weight.permute(0, 2, 3, 1).flatten(1)  # (C', 4C), as the samples lie in memory
