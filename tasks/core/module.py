@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -22,10 +22,12 @@ from tasks.core.report import ReportParts
 
 
 class TaskModule(LightningModule):
-    """Base of all tasks. A task adds its network, `training_step`, `evaluation_step`, metrics and `predict_step`.
+    """Base of all tasks. A task adds its network, `training_step`, `evaluation_step`, metrics and predictions.
 
     Subclasses set `task`, `monitor` (the headline metric, e.g. ``val/mIoU``) and `mode` and call
     `remember_hyperparameters(locals())` so that ``Class.load_from_checkpoint(path)`` needs nothing else.
+    `predict_step` returns records ``{id: value}`` and `prediction_files` makes files of them, per sample or, unless
+    `one_file_per_sample`, of those of the whole data set.
     Every parameter takes part in the loss of every step, if only with a zero gradient (no targets, no windows): DDP
     then needs no `find_unused_parameters`, which would walk the graph in each step.
 
@@ -38,6 +40,7 @@ class TaskModule(LightningModule):
     task: ClassVar[str]
     monitor: ClassVar[str]
     mode: ClassVar[Literal["min", "max"]] = "max"
+    one_file_per_sample: ClassVar[bool] = False
     network: nn.Module
 
     def __init__(self, optim: OptimConfig | Mapping[str, Any] | None = None, ema_decay: float | None = None) -> None:
@@ -141,6 +144,10 @@ class TaskModule(LightningModule):
 
     def example_input(self) -> Tensor:
         """One input of the network, for the cost table."""
+        raise NotImplementedError
+
+    def prediction_files(self, records: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:
+        """Name below the output folder (``/`` between folders) and content of each file made of `records` by id."""
         raise NotImplementedError
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -20,7 +20,6 @@ from tasks.core.errors import UserError, expect
 from tasks.core.evaluation import Extremes, Sample
 from tasks.core.module import TaskModule
 from tasks.core.optim import OptimConfig
-from tasks.core.predict import Prediction
 from tasks.core.report import Picture, ReportParts, Table
 from tasks.core.report.figures import class_bars, confusion_matrix, side_by_side, thumbnail
 from tasks.segmentation.faseg.criterion import SetCriterion, semantic_segments
@@ -68,6 +67,7 @@ class SegmentationModule(TaskModule, abc.ABC):
 
     task = "segmentation"
     monitor = "val/mIoU"
+    one_file_per_sample = True
 
     def __init__(
         self,
@@ -147,15 +147,19 @@ class SegmentationModule(TaskModule, abc.ABC):
         self._extremes = Extremes(PICTURES)
         return {name: results[name] for name in ("mIoU", "fwIoU", "mAcc", "pAcc")}
 
-    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[Prediction]:
-        """Label maps of one batch in the data set's official format, as PNG files."""
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, np.ndarray]:
+        """Label maps (H, W) of one batch by id, with the values of the data set's official format."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        predictions = []
-        for id, labels in zip(batch["id"], self.label_maps(batch["image"], batch["size"]), strict=True):
-            done, png = cv2.imencode(".png", data.to_official(labels.cpu().numpy()))
+        label_maps = self.label_maps(batch["image"], batch["size"])
+        return {id: data.to_official(labels.cpu().numpy()) for id, labels in zip(batch["id"], label_maps, strict=True)}
+
+    def prediction_files(self, records: Mapping[str, np.ndarray]) -> Iterator[tuple[str, bytes]]:
+        """A PNG file of each label map."""
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        for id, label_map in records.items():
+            done, png = cv2.imencode(".png", label_map)
             assert done
-            predictions.append(Prediction(data.prediction_name(id), png.tobytes()))
-        return predictions
+            yield data.prediction_name(id), png.tobytes()
 
     def example_input(self) -> Tensor:
         """One image of the training crop's size."""

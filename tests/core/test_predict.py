@@ -1,12 +1,15 @@
-"""Predictions become exactly one file per sample, whatever the number of processes."""
+"""Predictions become the same files, per sample or of the whole data set, whatever the number of processes."""
+
+import json
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader, Dataset
 
 from tasks.core.errors import UserError
-from tasks.core.predict import Prediction, PredictionWriter, checked_name
+from tasks.core.module import TaskModule
+from tasks.core.predict import PredictionWriter, checked_name
 
 
 class Numbers(Dataset):
@@ -20,14 +23,40 @@ class Numbers(Dataset):
         return torch.tensor([index])
 
 
-class Namer(LightningModule):
+class Bare(TaskModule):
+    task, monitor = "bare", "val/x"
+
+    def __init__(self):
+        super().__init__()
+        self.network = torch.nn.Linear(1, 1)
+
+
+class Namer(Bare):
+    one_file_per_sample = True
+
     def __init__(self, name="frankfurt/{:03d}.txt"):
         super().__init__()
         self.name = name
-        self.layer = torch.nn.Linear(1, 1)
 
     def predict_step(self, batch, batch_idx):
-        return [Prediction(self.name.format(int(index)), f"sample {int(index)}".encode()) for index in batch]
+        return {f"{int(index):03d}": int(index) for index in batch}
+
+    def prediction_files(self, records):
+        for index in records.values():
+            yield self.name.format(index), f"sample {index}".encode()
+
+
+class Lister(Bare):
+    def __init__(self, id="{:03d}"):
+        super().__init__()
+        self.id = id
+
+    def predict_step(self, batch, batch_idx):
+        return {self.id.format(int(index)): int(index) for index in batch}
+
+    def prediction_files(self, records):
+        yield "all.json", json.dumps(records).encode()
+        yield "count.txt", str(len(records)).encode()
 
 
 def predict(folder, root, count=13, module=None, **trainer):
@@ -56,6 +85,35 @@ def test_two_processes_write_every_file_once(tmp_path, capfd):
     predict(tmp_path / "out", tmp_path, strategy="ddp_spawn", devices=2)
     assert content(tmp_path / "out") == EXPECTED
     assert capfd.readouterr().out.count("predictions: 13 files") == 1
+
+
+LISTED = {"all.json": json.dumps({f"{index:03d}": index for index in range(13)}), "count.txt": "13"}
+
+
+def test_files_of_the_whole_data_set(tmp_path, capfd):
+    predict(tmp_path / "out", tmp_path, module=Lister())
+    assert content(tmp_path / "out") == LISTED
+    assert f"predictions: 2 files in {tmp_path / 'out'}" in capfd.readouterr().out
+
+
+@pytest.mark.slow
+def test_two_processes_merge_their_records_by_id(tmp_path, capfd):
+    predict(tmp_path / "out", tmp_path, module=Lister(), strategy="ddp_spawn", devices=2)
+    assert content(tmp_path / "out") == LISTED
+    assert capfd.readouterr().out.count("predictions: 2 files") == 1
+
+
+def test_records_that_share_an_id_are_an_error(tmp_path):
+    with pytest.raises(UserError, match="sample id 'same' occurs twice"):
+        predict(tmp_path / "out", tmp_path, module=Lister("same"))
+    with pytest.raises(UserError, match="12 predicted samples; expected 13, one per sample"):
+        predict(tmp_path / "out", tmp_path, module=LosesTheFirst())
+    assert content(tmp_path / "out") == {}
+
+
+class LosesTheFirst(Lister):
+    def predict_step(self, batch, batch_idx):
+        return {id: index for id, index in super().predict_step(batch, batch_idx).items() if index}
 
 
 def test_default_folder_is_in_the_run_folder(tmp_path):
