@@ -104,12 +104,19 @@ class TrainSampler(Sampler[int]):
 
 
 class EvaluationSampler(Sampler[int]):
-    """Every `world_size`-th index starting with `rank`: over all processes each sample is seen exactly once."""
+    """The samples of every `world_size`-th batch starting with `rank`: over all processes each is seen exactly once.
 
-    def __init__(self, length: int, *, rank: int | None = None, world_size: int | None = None) -> None:
+    Whole batches are divided, not samples, because a network's output for a sample depends, in its last bit, on the
+    other samples of the batch (matrix products of other sizes are summed in another order). Batches, and with them
+    every output, are so the same for any number of processes with equal devices and numbers of threads.
+    """
+
+    def __init__(self, length: int, batch_size: int, *, rank: int | None = None, world_size: int | None = None) -> None:
         default_rank, default_world_size = _process()
         rank = default_rank if rank is None else rank
-        self.indices = range(rank, length, default_world_size if world_size is None else world_size)
+        step = batch_size * (default_world_size if world_size is None else world_size)
+        starts = range(rank * batch_size, length, step)
+        self.indices = [index for start in starts for index in range(start, min(start + batch_size, length))]
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -286,7 +293,8 @@ class TaskDataModule(LightningDataModule):
         warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
 
     def _evaluation_loader(self, dataset: Dataset[Any]) -> DataLoader[Any]:
-        batches = EvaluationBatches(EvaluationSampler(len(cast(Sized, dataset))), self.eval_batch_size, drop_last=False)
+        sampler = EvaluationSampler(len(cast(Sized, dataset)), self.eval_batch_size)
+        batches = EvaluationBatches(sampler, self.eval_batch_size, drop_last=False)
         return self._loader(dataset, self.eval_collate, batch_sampler=batches)
 
     def _loader(

@@ -1,3 +1,4 @@
+import itertools
 import random
 import warnings
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 from tasks.core.data import (
     DataError,
@@ -134,10 +135,19 @@ def test_train_sampler_skips_consumed_batches_only_in_the_resumed_epoch():
 
 
 @pytest.mark.parametrize(("length", "world_size"), [(13, 2), (1, 2), (4, 4), (7, 3)])
-def test_evaluation_sampler_sees_every_sample_once(length, world_size):
-    samplers = [EvaluationSampler(length, rank=rank, world_size=world_size) for rank in range(world_size)]
-    assert sorted(index for sampler in samplers for index in sampler) == list(range(length))
-    assert sum(len(sampler) for sampler in samplers) == length
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_batches_of_an_evaluation_are_the_same_for_any_number_of_processes(length, world_size, batch_size):
+    def batches(rank, world_size):
+        sampler = EvaluationSampler(length, batch_size, rank=rank, world_size=world_size)
+        assert len(sampler) == len(list(sampler))
+        return list(BatchSampler(sampler, batch_size, drop_last=False))
+
+    one = batches(0, 1)
+    assert [index for batch in one for index in batch] == list(range(length))
+    several = [batches(rank, world_size) for rank in range(world_size)]
+    assert sorted(itertools.chain(*several)) == one
+    counts = [len(part) for part in several]
+    assert max(counts) - min(counts) <= 1
 
 
 class Augmented(Dataset[Any]):
@@ -280,7 +290,7 @@ def test_samplers_take_their_process_from_torch_distributed(monkeypatch):
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
     monkeypatch.setattr("torch.distributed.get_rank", lambda: 1)
     monkeypatch.setattr("torch.distributed.get_world_size", lambda: 3)
-    assert list(EvaluationSampler(7)) == [1, 4]
+    assert list(EvaluationSampler(13, 2)) == [2, 3, 8, 9]
     assert list(TrainSampler(12, 2, 0)) == list(TrainSampler(12, 2, 0, rank=1, world_size=3))
 
 
