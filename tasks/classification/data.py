@@ -4,9 +4,20 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tasks.classification import sample
+from tasks.classification.cifar import CIFAR10_ARCHIVE, CIFAR100_ARCHIVE, Archive
 from tasks.classification.datamodule import Augmentation, ClassificationDataModule
-from tasks.classification.reading import ImageFiles, LabelledImages, class_folders, list_classes
+from tasks.classification.imagenet import imagenet_classes, list_flat_validation
+from tasks.classification.reading import (
+    ImageArrays,
+    ImageFiles,
+    LabelledImages,
+    class_folders,
+    images_below,
+    list_classes,
+)
 from tasks.core.data import DataError
 from tasks.core.sample import cache_folder, write_folder_once
 from tasks.core.splits import Listing, fraction_by_name
@@ -16,6 +27,94 @@ VAL_FRACTION = 0.1
 DIGIT_AUGMENTATION: Augmentation = [
     {"Affine": {"rotate": [-12, 12], "translate_percent": [-0.08, 0.08], "scale": [0.9, 1.1], "shear": [-8, 8]}}
 ]
+
+
+class ImageNet(ClassificationDataModule):
+    """ImageNet, ILSVRC 2012: 1000 classes, 1,281,167 training and 50,000 validation images.
+
+    Validation images are in folders like the training images, or all in one folder beside the development kit::
+
+        root/train/n01440764/n01440764_10026.JPEG
+        root/val/n01440764/ILSVRC2012_val_00000293.JPEG      or      root/val/ILSVRC2012_val_00000293.JPEG
+        root/ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt      (for val in one folder)
+        root/ILSVRC2012_devkit_t12/data/meta.mat                                    (for val in one folder)
+
+    Labels follow the sorted folder names, as in all published models. As there, images are not turned by their EXIF
+    data. `ImageFolder` reads parts of the data set.
+    """
+
+    layout = """
+root/train/n01440764/n01440764_10026.JPEG                    (1000 folders)
+root/val/n01440764/ILSVRC2012_val_00000293.JPEG              (1000 folders)
+or, with all validation images in one folder:
+root/val/ILSVRC2012_val_00000293.JPEG
+root/ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt
+root/ILSVRC2012_devkit_t12/data/meta.mat"""
+    source = "https://image-net.org (ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar, ILSVRC2012_devkit_t12.tar.gz)"
+
+    @property
+    def class_names(self) -> list[str]:
+        """Words for the classes, by label."""
+        return imagenet_classes()[1]
+
+    def scan(self, split: str) -> Listing[LabelledImages]:
+        """List the files of "train" or "val"; their contents are not read."""
+        folder, wnids = Path(self.root, split), imagenet_classes()[0]
+        if not folder.is_dir():
+            return Listing(ImageFiles.of(folder, [], []), [self.missing(f"{folder}: folder not found.")])
+        if split == "train" or class_folders(folder):
+            return Listing(*list_classes(folder, wnids, upright=False))
+        names, devkit = images_below(folder), Path(self.root, "ILSVRC2012_devkit_t12")
+        for path, what in ((folder, "contains no images."), (devkit, "folder not found.")):
+            if (path == folder and not names) or not path.is_dir():
+                return Listing(ImageFiles.of(folder, [], []), [self.missing(f"{path}: {what}")])
+        return Listing(*list_flat_validation(folder, names, devkit))
+
+
+class CIFAR10(ClassificationDataModule):
+    """CIFAR-10: 10 classes, 50,000 training and 10,000 test images of 32 x 32 pixels, enlarged to `image_size`.
+
+    The archive's "python version" or "binary version", unpacked; the test images are the validation split::
+
+        root/cifar-10-batches-py/{data_batch_1,…,data_batch_5,test_batch}
+        root/cifar-10-batches-bin/{data_batch_1.bin,…,data_batch_5.bin,test_batch.bin}
+    """
+
+    layout = """
+root/cifar-10-batches-py/{data_batch_1,...,data_batch_5,test_batch}
+or root/cifar-10-batches-bin/{data_batch_1.bin,...,data_batch_5.bin,test_batch.bin}"""
+    source = "https://www.cs.toronto.edu/~kriz/cifar.html (cifar-10-python.tar.gz or -binary.tar.gz, unpacked)"
+    archive: Archive = CIFAR10_ARCHIVE
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes, by label."""
+        return list(self.archive.class_names)
+
+    def scan(self, split: str) -> Listing[LabelledImages]:
+        """Read the images of "train" or "val"."""
+        paths, pickled = self.archive.find(Path(self.root), split)
+        if not paths:
+            empty = np.zeros((0, 32, 32, 3), dtype=np.uint8)
+            problem = self.missing(f"{self.root}: no {split} images of {type(self).__name__} found.")
+            return Listing(ImageArrays(empty, [], np.zeros(0), np.zeros(0, dtype=np.int64)), [problem])
+        return Listing(self.archive.read(paths, pickled))
+
+
+class CIFAR100(CIFAR10):
+    """CIFAR-100: 100 classes, 50,000 training and 10,000 test images of 32 x 32 pixels, enlarged to `image_size`.
+
+    The archive's "python version" or "binary version", unpacked; the test images are the validation split::
+
+        root/cifar-100-python/{train,test}
+        root/cifar-100-binary/{train.bin,test.bin}
+    """
+
+    layout = """
+root/cifar-100-python/{train,test}
+or root/cifar-100-binary/{train.bin,test.bin}"""
+    source = "https://www.cs.toronto.edu/~kriz/cifar.html (cifar-100-python.tar.gz or -binary.tar.gz, unpacked)"
+    archive: Archive = CIFAR100_ARCHIVE
 
 
 class ImageFolder(ClassificationDataModule):
@@ -47,8 +146,8 @@ root/val/<class>/b.jpg
         root = Path(self.root)
         if not root.is_dir():
             raise DataError(self.missing(f"{root}: folder not found."))
-        splits = [root / name for name in ("train", "val", "test")] if self._has_splits else [root]
-        folder = next(split for split in splits if split.is_dir())
+        folders = [root / name for name in ("train", "val", "test")] if self._has_splits else [root]
+        folder = next(split for split in folders if split.is_dir())
         names = class_folders(folder)
         if not names:
             raise DataError(self.missing(f"{folder}: contains no folders of classes."))

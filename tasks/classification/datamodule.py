@@ -11,6 +11,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from tasks.classification.check import check_dataset, print_result
 from tasks.classification.reading import ImageFiles, LabelledImages
 from tasks.classification.transforms import (
     AlbumentationsTransform,
@@ -165,3 +166,10 @@ class ClassificationDataModule(SplitDataModule[LabelledImages]):
         folder, paths = find_images(self.images)
         names = [path.relative_to(folder).as_posix() for path in paths]
         return EvaluationDataset(ImageFiles.of(folder, names), self._evaluation_transform)
+
+    def check(self) -> bool:
+        """Read the whole data set, print what is in it and everything that is wrong; True if nothing is."""
+        self.prepare_data()
+        result = check_dataset(self)
+        print_result(result)
+        return not result.problems
