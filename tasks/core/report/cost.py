@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import platform
 import statistics
-import sys
 import time
 from importlib import metadata
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
+from backbones.macs import COUNTED, count_macs, evaluating
+from backbones.profiling import peak_memory
 from tasks.core.report.document import Cost
 
 TIMED_PASSES = 3
@@ -27,10 +27,7 @@ PACKAGES = (
     "albumentations",
     "numpy",
 )
-MACS_KIND = (
-    "one example; matrix products, convolutions and attention only: "
-    "normalisation, activations, interpolation and sampling are not counted"
-)
+MACS_KIND = f"one example; {COUNTED}"
 
 
 def measure_cost(network: nn.Module, example_input: Tensor, step_time_ms: float | None = None) -> Cost:
@@ -42,49 +39,26 @@ def measure_cost(network: nn.Module, example_input: Tensor, step_time_ms: float 
         step_time_ms: Training step time measured before; None times `TIMED_PASSES` forward passes here (median).
 
     Returns:
-        `params` (trainable and frozen, no buffers), `macs` (FLOPs / 2 of one example), `step_time_ms`,
+        `params` (trainable and frozen, no buffers), `macs` (of one example), `step_time_ms`,
         `peak_memory_mb`, and what these mean: `macs_kind`, `step_time_kind`, `peak_memory_kind`.
     """
     memory, memory_kind = peak_memory(example_input.device)  # before the passes below add theirs
-    modes = [(module, module.training) for module in network.modules()]
-    network.eval()
-    try:
-        with torch.inference_mode(False):
-            example_input = example_input.clone()  # one that autograd accepts: the counter hooks into the graph
-            with torch.enable_grad(), FlopCounterMode(display=False) as counter:
-                network(example_input)
-        kind = "training step with data loading, median"
-        if step_time_ms is None:
-            with torch.no_grad():
-                step_time_ms = statistics.median(_forward_ms(network, example_input) for _ in range(TIMED_PASSES))
-            size = "×".join(str(length) for length in example_input.shape)
-            kind = f"forward pass of one example ({size}), median of {TIMED_PASSES}"
-    finally:
-        for module, training in modes:  # one by one: frozen norms stay in evaluation mode during training
-            module.training = training
+    macs = count_macs(network, example_input)
+    kind = "training step with data loading, median"
+    if step_time_ms is None:
+        with evaluating(network), torch.inference_mode(False), torch.no_grad():
+            step_time_ms = statistics.median(_forward_ms(network, example_input) for _ in range(TIMED_PASSES))
+        size = "×".join(str(length) for length in example_input.shape)
+        kind = f"forward pass of one example ({size}), median of {TIMED_PASSES}"
     return {
         "params": sum(parameter.numel() for parameter in network.parameters()),
-        "macs": counter.get_total_flops() // 2,
+        "macs": macs,
         "macs_kind": MACS_KIND,
         "step_time_ms": step_time_ms,
         "step_time_kind": kind,
         "peak_memory_mb": memory,
         "peak_memory_kind": memory_kind,
     }
-
-
-def peak_memory(device: torch.device) -> tuple[float | None, str]:
-    """Peak memory in MB (10⁶ bytes) and its kind: allocated on the CUDA device, else resident in this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e6, "largest allocation of tensors on the GPU"
-    if sys.platform == "win32":
-        return None, "not measured on Windows without a GPU"
-    import resource  # not part of Python on Windows
-
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB on Linux
-    return resource.getrusage(
-        resource.RUSAGE_SELF
-    ).ru_maxrss * unit / 1e6, "resident memory of the process, data loading not included"
 
 
 def environment(device: torch.device | str = "cpu") -> dict[str, str]:
