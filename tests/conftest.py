@@ -11,7 +11,7 @@ import yaml
 # Tests run side by side, one process per core; subprocesses inherit this.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-NUM_SCENES = 13  # no multiple of the batch size
+NUM_SCENES = NUM_DIGITS = 13  # no multiple of the batch size
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -29,6 +29,50 @@ def tiny_ade20k(tmp_path_factory):
     root = tmp_path_factory.mktemp("data") / "tiny"
     write_sample(root, NUM_SCENES, NUM_SCENES)
     return root
+
+
+@pytest.fixture(scope="session")
+def tiny_digits(tmp_path_factory):
+    """13 training and 13 validation digits of 32 pixels in folders named like their classes; not to be changed."""
+    import cv2
+    import numpy as np
+
+    from tasks.classification.sample import draw_digit
+    from tasks.core.sample import digit_images
+
+    root = tmp_path_factory.mktemp("data") / "digits"
+    for split in ("train", "val"):
+        images, labels = digit_images(split)
+        for number in range(NUM_DIGITS):
+            label, position = number % 10, number // 10
+            folder = root / split / str(label)
+            folder.mkdir(parents=True, exist_ok=True)
+            digit = images[np.flatnonzero(labels == label)[position]]
+            image = draw_digit(np.random.default_rng((split == "val", number)), digit, 32)
+            cv2.imwrite(str(folder / f"{position}.png"), image)
+    return root
+
+
+@pytest.fixture(scope="session")
+def tiny_classifier_options():
+    """Options, as nested dictionaries, of a small classifier on the data at `root`: two steps on the CPU."""
+
+    def options(root):
+        model = {"backbone": "test_vit2", "optim": {"lr": 1e-3}}
+        data = {"root": str(root), "batch_size": 6, "eval_batch_size": 5, "num_workers": 0}
+        return {
+            "model": {"class_path": "Classification", "init_args": model},
+            "data": {"class_path": "DigitImages", "init_args": data},
+            "trainer": {
+                "accelerator": "cpu",
+                "max_epochs": 1,
+                "log_every_n_steps": 1,
+                "enable_progress_bar": False,
+                "enable_model_summary": False,
+            },
+        }
+
+    return options
 
 
 @pytest.fixture(scope="session")
@@ -60,23 +104,30 @@ def tiny_options():
     return options
 
 
+def write_options(options, path, changes=None):
+    """Write nested `options`, with dotted `changes`, to a YAML file; returns its path."""
+    for key, value in (changes or {}).items():
+        *groups, leaf = key.split(".")
+        inner = options
+        for group in groups:
+            inner = inner.setdefault(group, {})
+        inner[leaf] = value
+    path.write_text(yaml.safe_dump(options, sort_keys=False))
+    return str(path)
+
+
 @pytest.fixture
 def tiny_config(tiny_options, tmp_path):
     """Writes `tiny_options(root)`, with dotted `changes`, to a YAML file and returns its path."""
+    return lambda root, name="tiny", changes=None: write_options(tiny_options(root), tmp_path / f"{name}.yaml", changes)
 
-    def write(root, name="tiny", changes=None):
-        options = tiny_options(root)
-        for key, value in (changes or {}).items():
-            *groups, leaf = key.split(".")
-            inner = options
-            for group in groups:
-                inner = inner.setdefault(group, {})
-            inner[leaf] = value
-        path = tmp_path / f"{name}.yaml"
-        path.write_text(yaml.safe_dump(options, sort_keys=False))
-        return str(path)
 
-    return write
+@pytest.fixture
+def tiny_classifier_config(tiny_classifier_options, tmp_path):
+    """Writes `tiny_classifier_options(root)`, with dotted `changes`, to a YAML file and returns its path."""
+    return lambda root, name="tiny", changes=None: write_options(
+        tiny_classifier_options(root), tmp_path / f"{name}.yaml", changes
+    )
 
 
 class Outcome(NamedTuple):
@@ -87,11 +138,16 @@ class Outcome(NamedTuple):
     err: str
 
 
-def call_cli(args, capture):
-    """The command line of segmentation in this process; `capture` is capsys or the like."""
+def call_cli(task, args, capture):
+    """The command line of a task in this process; `capture` is capsys or the like."""
     from tasks.core.cli import main
-    from tasks.segmentation.data import SegmentationDataModule
-    from tasks.segmentation.module import SegmentationModule
+
+    if task == "classification":
+        from tasks.classification.data import ClassificationDataModule as DataModule
+        from tasks.classification.module import Classification as Module
+    else:
+        from tasks.segmentation.data import SegmentationDataModule as DataModule
+        from tasks.segmentation.module import SegmentationModule as Module
 
     capture.readouterr()
     for name in logging.root.manager.loggerDict:
@@ -99,7 +155,7 @@ def call_cli(args, capture):
             handler.stream = sys.stderr  # not the closed one of the test that imported lightning
     code = 0
     try:
-        main(SegmentationModule, SegmentationDataModule, [str(argument) for argument in args])
+        main(Module, DataModule, [str(argument) for argument in args])
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
     out, err = capture.readouterr()
@@ -111,4 +167,12 @@ def run_cli(tmp_path, monkeypatch, capsys):
     """Runs the command line of segmentation in `tmp_path` and returns (exit code, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["frugal"])
-    return lambda *args: call_cli(args, capsys)
+    return lambda *args: call_cli("segmentation", args, capsys)
+
+
+@pytest.fixture
+def run_classification(tmp_path, monkeypatch, capsys):
+    """Runs the command line of classification in `tmp_path` and returns (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["frugal"])
+    return lambda *args: call_cli("classification", args, capsys)

@@ -16,7 +16,7 @@ import typing
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn, cast
 
 import yaml
 from jsonargparse import set_parsing_settings
@@ -137,19 +137,21 @@ class CLI(LightningCLI):
         return {**LightningCLI.subcommands(), "check": set()}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Write the number of classes once, in the data."""
+        """Write once, in the data, what the model takes from it, such as the number of classes."""
         parser.add_argument(
             "--output", type=str | None, default=None, help="Folder of `predict` (default: the run folder)."
         )
-        parser.link_arguments("data.num_classes", "model.init_args.num_classes", apply_on="instantiate")
+        for source, option in cast(type[TaskModule], self._model_class).from_data.items():
+            parser.link_arguments(f"data.{source}", f"model.init_args.{option}", apply_on="instantiate")
 
     def _parse_ckpt_path(self) -> None:
         """Keep the configuration as given: a checkpoint resumes the training, it does not change the settings."""
 
     def prepare(self) -> None:
-        """Find the data and read the checkpoint, so that what is wrong with them stops a run before its first file."""
+        """Find the data and read what else is needed, so that what is wrong stops a run before its first file."""
         self.datamodule.prepare_data()
         self.datamodule.setup(str(self.subcommand))
+        self.model.setup(str(self.subcommand))
         if ckpt_path := self._get(self.config, "ckpt_path"):
             require_checkpoint_of(self.model, Path(ckpt_path), training=self.subcommand == "fit")
 

@@ -28,6 +28,7 @@ class TaskModule(LightningModule):
     `remember_hyperparameters(locals())` so that ``Class.load_from_checkpoint(path)`` needs nothing else.
     `predict_step` returns records ``{id: value}`` and `prediction_files` makes files of them, per sample or, unless
     `one_file_per_sample`, of those of the whole data set.
+    `from_data` names the options that the command line takes from the data, by attribute of the datamodule.
     Every parameter takes part in the loss of every step, if only with a zero gradient (no targets, no windows): DDP
     then needs no `find_unused_parameters`, which would walk the graph in each step.
 
@@ -41,6 +42,7 @@ class TaskModule(LightningModule):
     monitor: ClassVar[str]
     mode: ClassVar[Literal["min", "max"]] = "max"
     one_file_per_sample: ClassVar[bool] = False
+    from_data: ClassVar[Mapping[str, str]] = {"num_classes": "num_classes"}
     network: nn.Module
 
     def __init__(self, optim: OptimConfig | Mapping[str, Any] | None = None, ema_decay: float | None = None) -> None:

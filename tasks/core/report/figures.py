@@ -67,10 +67,60 @@ def class_bars(values: Mapping[str, float], label: str) -> bytes:
 
 def confusion_matrix(counts: NDArray[np.integer], classes: Sequence[str]) -> bytes:
     """Counts (K, K) [truth, prediction] as PNG: each row in per cent, or for many classes the largest confusions."""
-    total = counts.sum(axis=1, keepdims=True)
-    share = 100 * counts / np.maximum(total, 1)
     if len(classes) > MAX_CLASSES_IN_MATRIX:
-        return _top_confusions(share, classes)
+        return _top_confusions(_row_shares(counts), classes)
+    return _matrix(_row_shares(counts), classes)
+
+
+def most_confused_matrix(counts: NDArray[np.integer], classes: Sequence[str]) -> bytes:
+    """The part of a confusion matrix (K, K) with the 30 classes of its largest confusions; shares are of whole rows."""
+    wrong = counts.copy()
+    np.fill_diagonal(wrong, 0)
+    pairs = np.argsort(-wrong, axis=None, kind="stable")[: MAX_CLASSES_IN_MATRIX**2]
+    involved = dict.fromkeys(np.stack(np.divmod(pairs, len(classes)), axis=1).ravel().tolist())
+    chosen = sorted(list(involved)[:MAX_CLASSES_IN_MATRIX])
+    return _matrix(_row_shares(counts)[np.ix_(chosen, chosen)], [classes[index] for index in chosen])
+
+
+def reliability_diagram(bins: NDArray[np.floating]) -> bytes:
+    """Accuracy against confidence as PNG (Guo et al. 2017, figure 1), and below it how many samples have which.
+
+    Args:
+        bins: (M, 3) samples, hits and mean confidence of M bins of equal width in 0..1.
+    """
+    samples, hits, confidence = bins.T
+    edges = np.linspace(0, 1, len(bins) + 1)
+    known = samples > 0
+    accuracy = np.divide(hits, samples, out=np.zeros_like(hits), where=known)
+    figure = Figure(figsize=(4.4, 5.0), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    for low, width, height, centre, filled in zip(edges, np.diff(edges), accuracy, confidence, known, strict=False):
+        if filled:
+            upper.bar(low, height, width, align="edge", color=COLOURS[0], edgecolor="white", linewidth=0.8)
+            gap = (min(height, centre), abs(centre - height))
+            upper.bar(low, gap[1], width, gap[0], align="edge", color=COLOURS[1], alpha=0.35, hatch="///", linewidth=0)
+    upper.plot([0, 1], [0, 1], color=INK, linewidth=1, linestyle="--")
+    upper.set(ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
+    handles = [
+        Patch(facecolor=COLOURS[0], label="accuracy"),
+        Patch(facecolor=COLOURS[1], alpha=0.35, hatch="///", label="gap to the mean confidence"),
+    ]
+    upper.legend(handles=handles, frameon=False, fontsize=8, labelcolor=INK, loc="upper left")
+    share = 100 * samples / max(samples.sum(), 1)
+    lower.bar(edges[:-1], share, np.diff(edges), align="edge", color=COLOURS[5], edgecolor="white", linewidth=0.8)
+    lower.set(xlabel="confidence", ylabel="% of images", xlim=(0, 1))
+    for axes in (upper, lower):
+        _quiet(axes)
+        axes.yaxis.label.set(color=INK, fontsize=8)
+    return _png(figure)
+
+
+def _row_shares(counts: NDArray[np.integer]) -> NDArray[np.floating]:
+    """Each row in per cent of its sum; a row of zeros stays."""
+    return 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+
+
+def _matrix(share: NDArray[np.floating], classes: Sequence[str]) -> bytes:
     size = 1.6 + 0.27 * len(classes)
     figure = Figure(figsize=(size + 0.6, size), layout="constrained")
     axes = figure.add_subplot()
