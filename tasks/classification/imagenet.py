@@ -52,7 +52,7 @@ def read_ground_truth(devkit: Path) -> np.ndarray:
             for id, wnid in zip(synsets["ILSVRC2012_ID"], synsets["WNID"], strict=True)
             if str(wnid) in label_of
         }
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+    except Exception as error:  # scipy raises any kind for a damaged file
         raise DataError(f"{devkit / META}: cannot be read as the class list of ILSVRC 2012 ({error})") from error
     path = devkit / GROUND_TRUTH
     try:

@@ -1,6 +1,7 @@
 import itertools
 import random
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from tasks.core.data import (
     TrainSampler,
     missing_data_message,
     seed_augmentation,
+    seeded_generators,
 )
 from tasks.core.errors import UserError
 
@@ -66,7 +68,14 @@ class Recorder(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def train(folder: Path, workers: int, ckpt: Path | None = None, callbacks: list | None = None, **kwargs: Any) -> list:
+def train(
+    folder: Path,
+    workers: int,
+    ckpt: Path | None = None,
+    callbacks: list | None = None,
+    repeats: int = 1,
+    **kwargs: Any,
+) -> list:
     model = Recorder()
     trainer = Trainer(
         **{"max_epochs": 4} | kwargs,
@@ -80,7 +89,8 @@ def train(folder: Path, workers: int, ckpt: Path | None = None, callbacks: list 
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
     )
-    trainer.fit(model, datamodule=Numbers(num_workers=workers), ckpt_path=ckpt, weights_only=True)
+    data = Numbers(num_workers=workers, repeats=repeats)
+    trainer.fit(model, datamodule=data, ckpt_path=ckpt, weights_only=True)
     return model.seen
 
 
@@ -148,6 +158,65 @@ def test_batches_of_an_evaluation_are_the_same_for_any_number_of_processes(lengt
     assert sorted(itertools.chain(*several)) == one
     counts = [len(part) for part in several]
     assert max(counts) - min(counts) <= 1
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_repeats_follow_each_other_and_are_divided_as_in_deit(world_size):
+    length, batch_size, repeats = 50, 4, 3
+    drawn = [
+        list(TrainSampler(length, batch_size, 7, repeats=repeats, rank=rank, world_size=world_size))
+        for rank in range(world_size)
+    ]
+    shuffled = list(TrainSampler(length, 1, 7, rank=0, world_size=1))
+    repeated = np.repeat(shuffled, repeats)
+    number = length // (batch_size * world_size) * batch_size  # the epoch keeps its length
+    for rank, virtual in enumerate(drawn):
+        assert [index % length for index in virtual] == repeated[rank::world_size][:number].tolist()
+    together = [index for virtual in drawn for index in virtual]
+    assert len(set(together)) == len(together)  # each repeat is augmented differently
+
+
+def test_repeats_of_different_epochs_share_no_virtual_index():
+    sampler = TrainSampler(20, 4, seed=0, repeats=3, rank=0, world_size=1)
+    seen: list[int] = []
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        assert len(list(sampler)) == len(sampler) == 20
+        seen += list(sampler)
+    assert len(set(seen)) == 60
+    assert max(seen) < 3 * 3 * 20
+
+
+def test_repeats_fill_a_batch_larger_than_the_set():
+    virtual = list(TrainSampler(3, 8, seed=0, repeats=2, rank=0, world_size=1))
+    assert len(set(virtual)) == 8
+    assert {index % 3 for index in virtual} == {0, 1, 2}
+
+
+def test_seeded_generators_depend_on_seed_epoch_and_index_and_leave_no_trace():
+    def numbers() -> tuple[float, float, float]:
+        return random.random(), np.random.random(), torch.rand(()).item()  # noqa: NPY002
+
+    def draw(*key: int) -> tuple[float, float, float]:
+        with seeded_generators(*key):
+            return numbers()
+
+    def set_global_state() -> None:
+        random.seed(5)
+        np.random.seed(5)  # noqa: NPY002
+        torch.manual_seed(5)
+
+    set_global_state()
+    untouched = [numbers() for _ in range(3)]
+    keys = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 1, 2), (0, 2, 1)]
+    for values in zip(*(draw(*key) for key in keys), strict=True):
+        assert len(set(values)) == len(keys)
+    assert draw(0, 1, 2) == draw(0, 1, 2)
+    set_global_state()
+    assert numbers() == untouched[0]
+    with suppress(ZeroDivisionError), seeded_generators(0, 0, 0):
+        _ = numbers()[0] / 0
+    assert [numbers() for _ in range(2)] == untouched[1:]
 
 
 class Augmented(Dataset[Any]):
@@ -253,6 +322,7 @@ RESUME_CASES = {
         "checkpoint": {"every_n_train_steps": 4},
         "trainer": {"accumulate_grad_batches": 2},
     },
+    "with repeated augmentation": {"checkpoint": {"every_n_train_steps": 7}, "trainer": {"repeats": 3}},
     "with fewer batches per epoch": {"checkpoint": {"every_n_train_steps": 4}, "trainer": {"limit_train_batches": 3}},
 }
 
@@ -320,7 +390,9 @@ def test_missing_data_message_says_everything():
     ]
 
 
-@pytest.mark.parametrize("options", [{"batch_size": 0}, {"eval_batch_size": 0}, {"num_workers": -1}, {"seed": -1}])
+@pytest.mark.parametrize(
+    "options", [{"batch_size": 0}, {"eval_batch_size": 0}, {"num_workers": -1}, {"seed": -1}, {"repeats": 0}]
+)
 def test_impossible_options_are_refused(options):
     with pytest.raises(UserError, match=next(iter(options))):
         Numbers(**options)
