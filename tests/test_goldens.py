@@ -7,6 +7,7 @@ tests/golden_families/goldens_<family>.py computes them:
     run_case(meta, tensors, path) -> dict   the value of every expected tensor by its name in `tensors`;
                                             a case without tensors checks itself and returns {}
     is_expected(name) -> bool               optional: which tensors are outputs; default: names starting with "out."
+    tolerance(name) -> float | None         optional: relative error allowed for a tensor; None: that of its type
 """
 
 import importlib
@@ -58,8 +59,8 @@ def module_of(family):
     return MODULES / f"goldens_{family}.py"
 
 
-def compare(name, actual, expected):
-    """Fail unless `actual` equals `expected`: integers exactly, floating point to TOLERANCE."""
+def compare(name, actual, expected, tolerance=None):
+    """Fail unless `actual` equals `expected`: integers exactly, floating point to `tolerance`, else to TOLERANCE."""
     assert tuple(actual.shape) == tuple(expected.shape), f"{name}: {tuple(actual.shape)} != {tuple(expected.shape)}"
     if not expected.is_floating_point():
         differing = int((actual.to(torch.int64) != expected.to(torch.int64)).sum())
@@ -71,7 +72,8 @@ def compare(name, actual, expected):
     actual, expected = actual.nan_to_num(), expected.nan_to_num()
     scale = expected.abs().max().double().clamp(min=1e-30)
     error = float((actual.double() - expected.double()).abs().max() / scale)
-    assert error <= TOLERANCE[expected.dtype], f"{name}: relative error {error:.3g} > {TOLERANCE[expected.dtype]:.0e}"
+    allowed = TOLERANCE[expected.dtype] if tolerance is None else tolerance
+    assert error <= allowed, f"{name}: relative error {error:.3g} > {allowed:.0e}"
 
 
 @pytest.mark.golden
@@ -88,8 +90,9 @@ def test_golden(name, path):
     expected = [key for key in tensors if is_expected(key)]
     unknown = sorted(set(expected) - set(computed))
     assert not unknown, f"{name}: nothing was computed for {unknown}"
+    tolerance = getattr(module, "tolerance", lambda key: None)
     for key in expected:
-        compare(key, computed[key].detach(), tensors[key])
+        compare(key, computed[key].detach(), tensors[key], tolerance(key))
 
 
 def test_last_root_wins(tmp_path):
@@ -135,3 +138,21 @@ def test_outputs_must_be_computed_and_equal(tmp_path, monkeypatch):
             test_golden("fake/case", path)
     monkeypatch.setitem(sys.modules, "goldens_fake", SimpleNamespace(run_case=lambda *_: expected))
     test_golden("fake/case", path)
+
+
+def test_a_family_sets_its_tolerances(tmp_path, monkeypatch):
+    path = tmp_path / "case.json"
+    path.write_text("{}")
+    expected = {"out.x": torch.ones(2, dtype=torch.float64), "out.y": torch.ones(2, dtype=torch.float64)}
+    save_file(expected, path.with_suffix(".safetensors"))
+    for off, error in (("out.x", None), ("out.y", "out.y: relative error")):
+        computed = expected | {off: expected[off] + 1e-6}
+        family = SimpleNamespace(
+            run_case=lambda *_, c=computed: c, tolerance=lambda name: 1e-5 if name == "out.x" else None
+        )
+        monkeypatch.setitem(sys.modules, "goldens_fake", family)
+        if error is None:
+            test_golden("fake/case", path)
+        else:
+            with pytest.raises(AssertionError, match=error):
+                test_golden("fake/case", path)
