@@ -19,6 +19,7 @@ from backbones.deformable_merging import DeformableTokenMerging
 # (stage, dim) -> layer on maps (B, H, W, C)
 AttentionFactory = Callable[[int, int], nn.Module]
 MlpFactory = Callable[[int], nn.Module]
+TOKENS_IN_CACHE = 1600
 Flavour = Literal["segmentation", "detection"]
 
 
@@ -32,6 +33,7 @@ class PatchEmbedding(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Embed an image (B, C_in, H, W)."""
+        image = image.contiguous(memory_format=torch.channels_last)  # then so is the projection, and needs no copy
         return self.norm(self.proj(image).permute(0, 2, 3, 1))
 
 
@@ -65,12 +67,25 @@ class Stage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the blocks to a map (B, H, W, C); the token merging is left to the caller."""
+        if x.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # A few images at a time keep the hidden maps of the MLPs in the processor's cache.
+            return torch.cat([self._blocks(part) for part in x.split(_images_in_cache(x))])
+        return self._blocks(x)
+
+    def _blocks(self, x: Tensor) -> Tensor:
         for block in self.blocks:
             if self.grad_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x)
             else:
                 x = block(x)
         return x
+
+
+def _images_in_cache(x: Tensor) -> int:
+    """How many maps of a batch (B, H, W, C) to process together on a CPU: enough tokens for fast matrix products."""
+    batch, height, width, _ = x.shape
+    parts = max(1, round(batch * height * width / TOKENS_IN_CACHE))
+    return max(1, -(-batch // parts))
 
 
 class LITStages(nn.Module):

@@ -97,9 +97,7 @@ class HiLo(nn.Module):
         window = self.window_size
         if window == 1:
             return x
-        rows, columns = x.shape[1] // window, x.shape[2] // window
-        x = x[:, : rows * window, : columns * window]
-        return x.unflatten(2, (columns, window)).unflatten(1, (rows, window)).mean(dim=(2, 4))
+        return F.avg_pool2d(x.permute(0, 3, 1, 2), window).permute(0, 2, 3, 1)
 
 
 class ConvFFN(nn.Module):
