@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tasks.classification.distillation import DistillationConfig, Teacher, distillation_loss
 from tasks.classification.metrics import ClassificationMetrics
 from tasks.classification.network import create_classifier
-from tasks.classification.report import Case, classification_report, restored
+from tasks.classification.report import Case, classification_report, distinct, restored
 from tasks.classification.weights import load_weights
 from tasks.core.errors import expect
 from tasks.core.evaluation import Extremes
@@ -203,7 +203,7 @@ class Classification(TaskModule):
     def report_parts(self, datamodule: LightningDataModule) -> ReportParts:
         """Tables of classes and confused pairs, reliability diagram, confusion matrix, best and worst images."""
         data: Any = datamodule
-        return classification_report(self._last, list(data.class_names)) if self._last else ReportParts()
+        return classification_report(self._last, distinct(data.class_names)) if self._last else ReportParts()
 
     # -- predictions ----------------------------------------------------------------------------------------------
 
@@ -222,7 +222,7 @@ class Classification(TaskModule):
     def prediction_files(self, records: Mapping[str, list[tuple[int, float]]]) -> Iterator[tuple[str, bytes]]:
         """``predictions.csv``: a row per image with the names and probabilities of its classes."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        names = data.class_names
+        names = distinct(data.class_names)
         columns = [(f"class_{i}", f"probability_{i}") for i in range(1, min(TOP, self.num_classes) + 1)]
         text = io.StringIO(newline="")
         writer = csv.writer(text, lineterminator="\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +37,12 @@ class Case:
     label: int
     predicted: int
     probability: float
+
+
+def distinct(names: Sequence[str]) -> list[str]:
+    """Class names, those that occur more than once (ImageNet has two cranes) with their number."""
+    counts = Counter(names)
+    return [name if counts[name] == 1 else f"{name} ({number})" for number, name in enumerate(names)]
 
 
 def restored(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> NDArray[np.uint8]:

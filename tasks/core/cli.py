@@ -32,6 +32,7 @@ from tasks.core.checkpoint import require_checkpoint_of
 from tasks.core.data import TaskDataModule
 from tasks.core.errors import UserError
 from tasks.core.module import TaskModule
+from tasks.core.optim import build_optimizer
 from tasks.core.predict import PredictionWriter
 from tasks.core.report import ReportCallback
 
@@ -152,6 +153,8 @@ class CLI(LightningCLI):
         self.datamodule.prepare_data()
         self.datamodule.setup(str(self.subcommand))
         self.model.setup(str(self.subcommand))
+        if self.subcommand == "fit":
+            build_optimizer(self.model.network, self.model.optim)
         if ckpt_path := self._get(self.config, "ckpt_path"):
             require_checkpoint_of(self.model, Path(ckpt_path), training=self.subcommand == "fit")
 

@@ -23,6 +23,7 @@ MAX_LINES = len(COLOURS)
 MAX_BARS = 40
 MAX_CLASSES_IN_MATRIX = 30
 MAX_LEGEND = 11
+MAX_NAME = 45  # letters; a confusion has two names
 PANEL_WIDTH = 3.2  # inches
 
 
@@ -49,7 +50,8 @@ def class_bars(values: Mapping[str, float], label: str) -> bytes:
     figure = Figure(figsize=(6.6, 0.6 + 0.19 * len(ranked)), layout="constrained")
     axes = figure.add_subplot()
     numbers = [value for _, value in ranked]
-    bars = axes.barh([name for name, _ in ranked], numbers, color=COLOURS[0], height=0.72)
+    bars = axes.barh(range(len(ranked)), numbers, color=COLOURS[0], height=0.72)
+    axes.set_yticks(range(len(ranked)), [_short(name) for name, _ in ranked])
     axes.bar_label(
         bars,
         ["" if np.isnan(value) else text for value, text in zip(numbers, format_column(numbers), strict=True)],
@@ -90,22 +92,18 @@ def reliability_diagram(bins: NDArray[np.floating]) -> bytes:
     """
     samples, hits, confidence = bins.T
     edges = np.linspace(0, 1, len(bins) + 1)
-    known = samples > 0
-    accuracy = np.divide(hits, samples, out=np.zeros_like(hits), where=known)
-    figure = Figure(figsize=(4.4, 5.0), layout="constrained")
+    figure = Figure(figsize=(4.4, 5.2), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    for low, width, height, centre, filled in zip(edges, np.diff(edges), accuracy, confidence, known, strict=False):
-        if filled:
-            upper.bar(low, height, width, align="edge", color=COLOURS[0], edgecolor="white", linewidth=0.8)
-            gap = (min(height, centre), abs(centre - height))
-            upper.bar(low, gap[1], width, gap[0], align="edge", color=COLOURS[1], alpha=0.35, hatch="///", linewidth=0)
+    filled = samples > 0
+    left, width, right = edges[:-1][filled], np.diff(edges)[filled], confidence[filled]
+    height = hits[filled] / samples[filled]
+    upper.bar(left, height, width, align="edge", color=COLOURS[0], edgecolor="white", linewidth=0.8, label="accuracy")
+    gap = {"facecolor": "none", "edgecolor": COLOURS[1], "hatch": "////", "linewidth": 0.8}
+    label = "gap to the mean confidence"
+    upper.bar(left, np.abs(height - right), width, np.minimum(height, right), align="edge", label=label, **gap)
     upper.plot([0, 1], [0, 1], color=INK, linewidth=1, linestyle="--")
     upper.set(ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
-    handles = [
-        Patch(facecolor=COLOURS[0], label="accuracy"),
-        Patch(facecolor=COLOURS[1], alpha=0.35, hatch="///", label="gap to the mean confidence"),
-    ]
-    upper.legend(handles=handles, frameon=False, fontsize=8, labelcolor=INK, loc="upper left")
+    figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=8, labelcolor=INK)
     share = 100 * samples / max(samples.sum(), 1)
     lower.bar(edges[:-1], share, np.diff(edges), align="edge", color=COLOURS[5], edgecolor="white", linewidth=0.8)
     lower.set(xlabel="confidence", ylabel="% of images", xlim=(0, 1))
@@ -125,8 +123,9 @@ def _matrix(share: NDArray[np.floating], classes: Sequence[str]) -> bytes:
     figure = Figure(figsize=(size + 0.6, size), layout="constrained")
     axes = figure.add_subplot()
     image = axes.imshow(share, cmap="Blues", vmin=0, vmax=100)
-    axes.set_xticks(range(len(classes)), classes, rotation=90)
-    axes.set_yticks(range(len(classes)), classes)
+    names = [_short(name) for name in classes]
+    axes.set_xticks(range(len(classes)), names, rotation=90)
+    axes.set_yticks(range(len(classes)), names)
     axes.set_xlabel("predicted", fontsize=8, color=INK)
     axes.set_ylabel("true", fontsize=8, color=INK)
     axes.tick_params(length=0, labelsize=7, colors=INK)
@@ -262,6 +261,11 @@ def _top_confusions(share: NDArray[np.floating], classes: Sequence[str]) -> byte
         {f"{classes[true]} → {classes[predicted]}": float(wrong[true, predicted]) for true, predicted in pairs},
         "% of the true class predicted as the other",
     )
+
+
+def _short(name: str) -> str:
+    """The beginning of a long name; ImageNet has classes of 121 letters."""
+    return name if len(name) <= MAX_NAME else f"{name[: MAX_NAME - 1].rstrip(' ,')}…"
 
 
 def _quiet(axes: Axes) -> None:
