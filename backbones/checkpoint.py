@@ -2,23 +2,22 @@
 
 import argparse
 import io
-import math
 import pickle
 import re
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
 from torch import Tensor, nn
 
-from backbones.keys import BACKBONE_TABLES, Table
+from backbones.keys import BACKBONE_TABLES, CLASSIFIER, COMPUTED, Table
+from backbones.positions import resize_positions
 
 # Where training programs keep the weights; averaged weights first, as timm does.
 CONTAINER_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model", "module")
@@ -95,7 +94,8 @@ class LoadReport:
     """What happened to each tensor when `path` was loaded; names are the model's, `unexpected` ones the renamed file's.
 
     `layout` names the key table that fitted. `mismatched` maps a name to the shapes in the file and in the model; these
-    tensors, like the `missing` ones, keep their initial values.
+    tensors, like the `missing` ones, keep their initial values. `ignored` are names of the file that the model has no
+    use for: classifiers and other heads. Tables that a network computes by itself are not mentioned.
     """
 
     path: Path
@@ -104,11 +104,13 @@ class LoadReport:
     missing: list[str]
     unexpected: list[str]
     mismatched: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
+    ignored: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         """A table of counts and first names."""
         shapes = [f"{name} {file} → {model}" for name, (file, model) in self.mismatched.items()]
         rows = [("missing", self.missing), ("unexpected", self.unexpected), ("other shape", shapes)]
+        rows += [("ignored", self.ignored)] if self.ignored else []
         lines = [f"{self.path} ({self.layout})", f"  {'loaded':<12}{len(self.loaded):>6}"]
         lines += [f"  {what:<12}{len(names):>6}  {first_names(names)}".rstrip() for what, names in rows]
         return "\n".join(lines)
@@ -129,7 +131,7 @@ def load_checkpoint(
 ) -> LoadReport:
     """Load a weight file into `model` under the key table, of those in `tables`, by which the most tensors fit.
 
-    Position tables of another window or image size are resized. Tensors of another shape (a head with other classes)
+    Position tables of another window or image size are resized. Tensors of another shape (a head for other classes)
     are left out with a warning. Raises CheckpointError, before anything is changed, when less than
     `min_backbone_match` of the tensors of ``model.backbone`` (of the model if it has no such child) fit.
     """
@@ -140,18 +142,22 @@ def load_checkpoint(
     fitting: dict[str, Tensor] = {}
     mismatched: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
     for name in renamed.keys() & target.keys():
-        tensor = _resize_positions(name, renamed[name], target[name])
+        tensor = resize_positions(model, name, renamed[name], target[name])
         if tensor.shape == target[name].shape:
             fitting[name] = tensor
         else:
             mismatched[name] = (tuple(tensor.shape), tuple(target[name].shape))
+    unused = [name for name in renamed if name not in target and not name.endswith(COMPUTED)]
+    ignored = _of_other_heads(unused, target)
+    dropped = [name for name in state_dict if _renamed_key(name, tables[layout]) is None]
     report = LoadReport(
         path,
         layout,
         loaded=[name for name in target if name in fitting],
-        missing=[name for name in target if name not in renamed and not name.endswith("num_batches_tracked")],
-        unexpected=[name for name in renamed if name not in target and not name.endswith("num_batches_tracked")],
+        missing=[name for name in target if name not in renamed and not name.endswith(COMPUTED)],
+        unexpected=[name for name in unused if name not in ignored],
         mismatched={name: mismatched[name] for name in target if name in mismatched},
+        ignored=[*ignored, *(name for name in dropped if not name.endswith(COMPUTED))],
     )
     _require_backbone(report, target, min_backbone_match)
     if report.mismatched:
@@ -161,9 +167,15 @@ def load_checkpoint(
     return report
 
 
+def _of_other_heads(names: Sequence[str], target: Mapping[str, Tensor]) -> list[str]:
+    """Those of `names` that belong to a classifier's norm or head where the model has none."""
+    found = {name: match[0] for name in names if (match := re.match(CLASSIFIER, name))}
+    return [name for name, module in found.items() if not any(key.startswith(module) for key in target)]
+
+
 def _require_backbone(report: LoadReport, target: Mapping[str, Tensor], min_match: float) -> None:
     inside = [name for name in target if name.startswith("backbone.")] or list(target)
-    wanted = {name for name in inside if not name.endswith("num_batches_tracked")}
+    wanted = {name for name in inside if not name.endswith(COMPUTED)}
     loaded = len(wanted.intersection(report.loaded))
     if loaded >= min_match * len(wanted):
         return
@@ -190,21 +202,6 @@ def _best_layout(
     if best is None:
         raise CheckpointError("no key table was given")
     return best[1], best[2]
-
-
-def _resize_positions(name: str, tensor: Tensor, target: Tensor) -> Tensor:
-    """Resample a relative position bias table (L, heads) or an absolute embedding (1, N, C) of square grids."""
-    if tensor.shape == target.shape or tensor.ndim != target.ndim or tensor.shape[-1] != target.shape[-1]:
-        return tensor
-    if name.endswith("relative_position_bias_table"):
-        window = (math.isqrt(len(target)) + 1) // 2
-        return resize_rel_pos_bias_table(tensor, new_window_size=(window, window), new_bias_shape=tuple(target.shape))
-    if name.endswith("pos_embed") and tensor.ndim == 3:
-        for prefix in (0, 1):
-            old, new = (math.isqrt(t.shape[1] - prefix) for t in (tensor, target))
-            if old**2 + prefix == tensor.shape[1] and new**2 + prefix == target.shape[1]:
-                return resample_abs_pos_embed(tensor, [new, new], [old, old], num_prefix_tokens=prefix)
-    return tensor
 
 
 # -- containers -----------------------------------------------------------------------------------------------------

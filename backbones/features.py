@@ -1,16 +1,23 @@
 """Backbones by name: any timm model, and feature pyramids of strides 4, 8, 16, 32 made from them."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import timm
 from timm.layers import freeze_batch_norm_2d
 from torch import Tensor, nn
 
+from backbones import lit, lit_ti, litv2
+from backbones.lit_stages import Flavour
 from backbones.swin import SWIN_VARIANTS, SwinFeatures
 
 PYRAMID_STRIDES = (4, 8, 16, 32)
+DENSE_VARIANTS: dict[str, Callable[..., nn.Module]] = {
+    **lit_ti.DENSE_VARIANTS,
+    **lit.DENSE_VARIANTS,
+    **litv2.DENSE_VARIANTS,
+}
 
 
 def create(name: str, **kwargs: Any) -> nn.Module:
@@ -20,6 +27,8 @@ def create(name: str, **kwargs: Any) -> nn.Module:
     ``pretrained=True`` finds no weights to load.
     """
     _check_name(name)
+    if kwargs.get("pretrained"):
+        _require_weights(name)
     try:
         return timm.create_model(name, **kwargs)
     except (TypeError, AssertionError):
@@ -40,6 +49,7 @@ def create_features(
     out_indices: Sequence[int] | None = None,
     norm: Literal["batch", "frozen"] = "batch",
     drop_path_rate: float | None = None,
+    flavour: Flavour = "segmentation",
     **kwargs: Any,
 ) -> nn.Module:
     """Create a backbone whose forward maps a normalised image (B, 3, H, W) to a list of NCHW maps.
@@ -47,17 +57,26 @@ def create_features(
     ``name`` is any timm model with maps of strides 4, 8, 16, 32; ``out_indices`` picks other levels of its
     ``feature_info``. ``norm="frozen"`` turns every batch normalisation into a fixed affine map whose weight, bias and
     statistics are buffers. ``drop_path_rate`` is stochastic depth (the model's default where None). Swin models take
-    any image size and follow :mod:`backbones.swin`. The module has ``channels`` and ``strides`` (lists of int).
+    any image size and follow :mod:`backbones.swin`; LIT and LITv2 are those of their authors' segmentation or detection
+    code, as ``flavour`` says (they differ in output norms and position tables; other models have one). The module has
+    ``channels`` and ``strides`` (lists of int).
 
-    Raises ValueError for an unknown name, one without such a pyramid and a rate outside 0..1.
+    Raises ValueError for an unknown name, one without such a pyramid and a rate outside 0..1, RuntimeError as `create`.
     """
     if norm not in ("batch", "frozen"):
         raise ValueError(f"norm={norm!r}: expected 'batch' or 'frozen'")
+    if flavour not in ("segmentation", "detection"):
+        raise ValueError(f"flavour={flavour!r}: expected 'segmentation' or 'detection'")
     if drop_path_rate is not None:
         if not 0 <= drop_path_rate < 1:
             raise ValueError(f"drop_path_rate={drop_path_rate}: expected a probability below 1")
         kwargs["drop_path_rate"] = drop_path_rate
     _check_name(name)
+    if name in DENSE_VARIANTS:
+        if pretrained:
+            _require_weights(name)
+        dense = DENSE_VARIANTS[name](flavour=flavour, out_indices=out_indices, **kwargs)
+        return freeze_batch_norm_2d(dense) if norm == "frozen" else dense
     if name.partition(".")[0] in SWIN_VARIANTS and out_indices is None:
         return _create_swin(name, pretrained, kwargs)
 
@@ -125,6 +144,16 @@ def _pyramid_indices(name: str, info: Any) -> list[int]:
             "swin_tiny_patch4_window7_224"
         )
     return [max(i for i, s in enumerate(strides) if s == stride) for stride in PYRAMID_STRIDES]
+
+
+def _require_weights(name: str) -> None:
+    """Raise RuntimeError for a network whose weights timm does not know where to find."""
+    config = timm.get_pretrained_cfg(name)
+    if config is not None and not config.has_weights:
+        raise RuntimeError(
+            f"there are no weights of {name!r} to download; set pretrained to false and name the file of released or "
+            "trained weights as the option weights"
+        )
 
 
 def _check_name(name: str) -> None:

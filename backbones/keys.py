@@ -8,8 +8,12 @@ from collections.abc import Mapping, Sequence
 
 Table = Sequence[tuple[str, str | None]]
 
-# Swin's index tables and masks are computed, not loaded.
+# Endings of what networks compute by themselves: counters of batch norms, index tables and masks.
+COMPUTED = ("num_batches_tracked", "relative_position_index", "attn_mask")
 BUFFERS: Table = [(r"^(.+\.)?(relative_position_index|attn_mask)$", None)]
+
+# Final norm and classifier of LIT, LITv2 and Swin, which networks for dense prediction have no use for.
+CLASSIFIER = r"^(backbone\.)?(norm|head)\."
 
 # timm's and torchvision's own names, also as timm's feature lists flatten them (layers_0 for layers.0).
 TIMM: Table = [(r"^(layers|stages|blocks|levels|features)_(\d+)\.", r"\1.\2."), (r"^(?!body\.)", "body.")]
@@ -41,12 +45,16 @@ TO_OFFICIAL_SWIN: Table = [
     (rf"^layers\.{stage}\.downsample\.", f"layers.{stage - 1}.downsample.") for stage in (1, 2, 3)
 ]
 
+# Detectors and segmentation networks of mmdetection and mmsegmentation, of which the backbone is taken.
+MM_BACKBONE: Table = [*BUFFERS, (r"^(?!backbone\.)", None), (r"^backbone\.", "")]
+
 # What a file with a backbone alone may look like; `load_checkpoint` takes the one that fits.
 BACKBONE_TABLES: Mapping[str, Table] = {
     "our names": BUFFERS,
     "timm or torchvision names": [*BUFFERS, *TIMM],
     "detectron2 ResNet names": DETECTRON2_RESNET,
     "official Swin names": OFFICIAL_SWIN,
+    "backbone of an mmdetection or mmsegmentation model": MM_BACKBONE,
 }
 
 
