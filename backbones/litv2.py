@@ -78,7 +78,7 @@ class HiLo(nn.Module):
         window, heads, dim = self.window_size, self.hi_heads, self.head_dim
         batch, rows, columns = x.shape[0], x.shape[1] // window, x.shape[2] // window
         qkv = self.h_qkv(x).view(batch, rows, window, columns, window, 3, heads, dim)
-        qkv = qkv.permute(5, 0, 1, 3, 6, 2, 4, 7).reshape(3, -1, heads, window**2, dim)
+        qkv = qkv.permute(5, 0, 1, 3, 6, 2, 4, 7).reshape(3, batch * rows * columns, heads, window**2, dim)
         out = F.scaled_dot_product_attention(*qkv.unbind(), scale=self.scale)
         out = out.view(batch, rows, columns, heads, window, window, dim).permute(0, 1, 4, 2, 5, 3, 6)
         return self.h_proj(out.reshape(batch, rows * window, columns * window, heads * dim))
@@ -88,7 +88,8 @@ class HiLo(nn.Module):
         batch, height, width, _ = x.shape
         heads, dim = self.lo_heads, self.head_dim
         q = self.l_q(x).view(batch, height * width, heads, dim)
-        k, v = self.l_kv(self._pooled(x)).view(batch, -1, 2, heads, dim).unbind(2)
+        kv = self.l_kv(self._pooled(x))
+        k, v = kv.view(batch, kv.shape[1] * kv.shape[2], 2, heads, dim).unbind(2)
         out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=self.scale)
         return self.l_proj(out.transpose(1, 2).reshape(batch, height, width, heads * dim))
 
