@@ -3,13 +3,16 @@
 What an augmentation draws depends on (seed, epoch, index) only.
 """
 
+import itertools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import albumentations as A
+import cv2
 import numpy as np
-from PIL import Image
+import torch
+from PIL import Image, ImageOps
 from timm.data import create_transform
 from torch import Tensor
 from torchvision.transforms import functional as TF
@@ -53,7 +56,7 @@ class TimmTransform:
             expect(name, value, 0 <= value <= 1, "a probability")
         expect("color_jitter", color_jitter, 0 <= color_jitter <= 1, "a strength of 0 to 1")
         try:
-            self.transform: Callable[[Image.Image], Tensor] = create_transform(
+            self.transform = create_transform(
                 image_size,
                 is_training=True,
                 scale=crop_scale,
@@ -69,11 +72,22 @@ class TimmTransform:
         except (AssertionError, KeyError, ValueError) as error:
             policies = "a policy of timm such as 'rand-m9-mstd0.5-inc1'"
             raise UserError(f"auto_augment: {auto_augment!r} was given, {policies} was expected") from error
+        for policy in self.transform.transforms:
+            for operation in getattr(policy, "ops", None) or itertools.chain(*getattr(policy, "policy", ())):
+                if operation.name.startswith("Posterize"):
+                    operation.aug_fn = _posterize
 
     def __call__(self, image: Image.Image, seed: int, epoch: int, index: int) -> Tensor:
         """Augment one image."""
         with seeded_generators(seed, epoch, index):  # timm and torchvision draw from the global ones
             return self.transform(image)
+
+
+def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """Keep some of 8 bits. timm's strongest Posterize keeps none, which Pillow refuses since release 12."""
+    if bits < 1:
+        return Image.new("RGB", image.size)  # black, as before
+    return image if bits >= 8 else ImageOps.posterize(image, bits)
 
 
 class AlbumentationsTransform:
@@ -89,16 +103,18 @@ class AlbumentationsTransform:
     ) -> None:
         self.compose = A.Compose([_albumentation(transform) for transform in transforms])
         self.size = (image_size, image_size)
-        self.mean, self.std = list(mean), list(std)
         self.resample = Image.Resampling[interpolation.upper()]
+        levels = TF.normalize((torch.arange(256) / 255).expand(3, 1, 256), list(mean), list(std))
+        self.normalised = levels.permute(1, 2, 0).numpy()  # (1, 256, 3): for each value and channel
 
     def __call__(self, image: Image.Image, seed: int, epoch: int, index: int) -> Tensor:
         """Augment one image."""
         seed_augmentation(self.compose, seed, epoch, index)
-        augmented = Image.fromarray(self.compose(image=np.asarray(image))["image"])
-        if augmented.size != self.size:
-            augmented = augmented.resize(self.size, self.resample)
-        return TF.normalize(TF.to_tensor(augmented), self.mean, self.std)
+        augmented = self.compose(image=np.asarray(image))["image"]
+        if augmented.shape[:2] != self.size:
+            augmented = np.asarray(Image.fromarray(augmented).resize(self.size, self.resample))
+        # One look-up per value; torch's operations would take most of the time of a small image.
+        return torch.from_numpy(cv2.LUT(augmented, self.normalised).transpose(2, 0, 1).copy())
 
 
 def _albumentation(transform: Mapping[str, Mapping[str, Any]]) -> A.BasicTransform:

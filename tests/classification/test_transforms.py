@@ -138,6 +138,15 @@ def test_recipe_is_that_of_timm():
     assert vars(erasing) == vars(expected)
 
 
+@pytest.mark.parametrize("policy", ["rand-m10-n5-inc1", "rand-m10-n3", "original", "v0"])
+def test_strongest_policies_run_with_every_pillow(policy):
+    """A posterisation that keeps none of the bits, which newer releases refuse, makes the image black."""
+    transform = timm_transform(32, auto_augment=policy)
+    image = photo(32, 32)
+    for index in range(300):
+        assert transform(image, 0, 0, index).isfinite().all()
+
+
 def draw(transform, *key, seed_of_the_process: int = 0):
     random.seed(seed_of_the_process)
     np.random.seed(seed_of_the_process)  # noqa: NPY002
@@ -205,7 +214,7 @@ def test_impossible_options_of_the_recipe(options, part):
 def test_transforms_of_albumentations_by_name():
     image = photo(64, 64)
     transform = AlbumentationsTransform([{"HorizontalFlip": {"p": 1.0}}], 64, MEAN, STD, "bicubic")
-    torch.testing.assert_close(transform(image, 0, 0, 0), normalised(image).flip(2), rtol=0, atol=1e-6)
+    assert torch.equal(transform(image, 0, 0, 0), normalised(image).flip(2))
 
 
 def test_result_of_another_size_is_resized_to_the_square():
