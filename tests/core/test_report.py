@@ -161,6 +161,36 @@ def test_confusion_matrix_for_few_and_many_classes(classes):
     assert max(width, height) < 2000
 
 
+def test_most_confused_matrix_shows_the_classes_of_the_largest_confusions(monkeypatch):
+    shown = []
+    monkeypatch.setattr(figures, "_matrix", lambda share, classes: shown.append((share, classes)) or b"")
+    counts = np.eye(100, dtype=int) * 8
+    counts[70, 3] = 8  # half of class 70
+    counts[5, 90] = 2  # a fifth of class 5
+    figures.most_confused_matrix(counts, [f"class {i}" for i in range(100)])
+    share, classes = shown[0]
+    assert share.shape == (30, 30)
+    assert {"class 3", "class 5", "class 70", "class 90"} <= set(classes)
+    assert share[classes.index("class 70"), classes.index("class 3")] == 50
+    assert share[classes.index("class 5"), classes.index("class 90")] == 20
+
+
+def test_reliability_diagram_with_empty_bins():
+    bins = np.zeros((15, 3))
+    bins[:, 2] = np.nan
+    empty = size(figures.reliability_diagram(bins))
+    bins[14] = 100, 90, 0.97
+    assert size(figures.reliability_diagram(bins)) == empty
+    assert max(empty) < 1000
+
+
+def test_long_and_equal_names_of_classes_stay_bars_of_their_own():
+    words = "great white shark, white shark, man-eater, man-eating shark, Carcharodon carcharias"
+    long = figures.class_bars({f"{words} {i}": i for i in range(10)}, "IoU")
+    assert size(long) == size(figures.class_bars({f"class {i}": i for i in range(10)}, "IoU"))
+    assert figures._short(words) == "great white shark, white shark, man-eater, m…"
+
+
 def test_overlay_tints_labels_and_leaves_ignored_pixels():
     image = np.full((2, 2, 3), 100, np.uint8)
     mixed = figures.overlay(image, np.array([[0, 1], [2, 255]]), PALETTE)
