@@ -106,7 +106,7 @@ class LITTiStages(nn.Module):
 
     def positions(self, stage: int, height: int, width: int) -> Tensor:
         """Position embedding of a stage for a grid, (1, L, C); that of the last stage has the class token's first."""
-        embedding: Tensor = self.get_parameter(f"pos_embed{stage}")
+        embedding: Tensor = getattr(self, f"pos_embed{stage}")  # also where torch.func puts a tensor in its place
         rows, columns = self.grids[stage - 1]
         count = rows * columns
         if (height, width) == (rows, columns):
@@ -143,7 +143,7 @@ class LITTiStages(nn.Module):
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns that number the layers for layer-wise learning rates (timm)."""
-        stem = r"^(patch_embed1|pos_embed1)"
+        stem = r"^(?:patch_embed1|pos_embed1)"
         blocks: list[tuple[str, tuple[int, ...] | None]]
         if coarse:
             blocks = [(r"^(?:patch_embed|pos_embed|block)(\d)", None), (r"^cls_token", (4,)), (r"^norm", (99999,))]
