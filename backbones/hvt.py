@@ -6,11 +6,11 @@ A plain Vision Transformer without class token whose sequence of tokens is max-p
 
 from typing import Any
 
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import PatchEmbed
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor
 
+from backbones.lit_stages import imagenet_cfg
 from backbones.token_pooling import PooledVisionTransformer, add_pooling
 
 
@@ -72,22 +72,8 @@ class FlooringPatchEmbed(PatchEmbed):
         return super().forward(x[..., :height, :width])
 
 
-def _cfg() -> dict[str, Any]:
-    return {
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": None,
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed.proj",
-        "classifier": "head",
-    }
-
-
 _NAMES = ("hvt_ti_1", "hvt_s_0", "hvt_s_1", "hvt_s_2", "hvt_s_3", "scale_hvt_ti_4")
-default_cfgs = generate_default_cfgs({name: _cfg() for name in _NAMES})
+default_cfgs = generate_default_cfgs({name: imagenet_cfg() for name in _NAMES})
 
 
 def _create_hvt(name: str, pretrained: bool, **options: Any) -> HVT:

@@ -16,7 +16,7 @@ from backbones.macs import counting, evaluating, macs_so_far
 WARM_UP = 2
 PASSES = 10
 LONGEST_S = 30.0  # of timing, once there are three passes
-REST = "(between stages)"
+REST = "(elsewhere)"
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,8 @@ LIT = "LIT (AAAI 2022), arXiv 2105.14217"
 LITV2 = "LITv2 (NeurIPS 2022), arXiv 2205.13213"
 HVT = "HVT (ICCV 2021), arXiv 2103.10619"
 
-WRAPPED = "classification (under 'model')"
-BARE = "classification (bare)"
-DENSE = ("detection (mmdetection)", "segmentation (mmsegmentation)")
+CLASSIFICATION = "classification"
+DENSE = ("detection", "segmentation")
 
 
 @dataclass(frozen=True)
@@ -17,7 +16,8 @@ class Published:
 
     `params` is exact and includes the 1000-class head. `gmacs` are 10⁹ multiply-adds of one image of `size` pixels by
     the authors' own count run on their code; it may hold normalisation and biases, which `backbones.macs` leaves out
-    (less than 0.3 %). `top1` is ImageNet-1k accuracy in per cent, `layouts` the released files that can be read.
+    (less than 0.3 %). `top1` is ImageNet-1k accuracy in per cent, `layouts` the released files that can be read,
+    those of detection and segmentation being whole networks of mmdetection and mmsegmentation.
     """
 
     name: str
@@ -36,26 +36,26 @@ def _row(name: str, params: int, gmacs: float, top1: float, paper: str, *layouts
 PUBLISHED: dict[str, Published] = {
     row.name: row
     for row in (
-        _row("lit_ti", 19_886_272, 3.614, 81.1, LIT, BARE, WRAPPED, *DENSE),
-        _row("lit_s", 27_973_720, 4.082, 81.5, LIT, WRAPPED, *DENSE),
-        _row("lit_m", 49_372_264, 8.599, 83.0, LIT, WRAPPED),
-        _row("lit_b", 87_292_384, 15.037, 83.4, LIT, WRAPPED),
-        _row("litv2_s", 27_844_000, 3.734, 82.0, LITV2, WRAPPED, *DENSE),
-        _row("litv2_m", 48_830_368, 7.479, 83.3, LITV2, WRAPPED, *DENSE),
-        _row("litv2_b", 86_520_704, 13.194, 83.6, LITV2, WRAPPED, *DENSE),
-        _row("litv2_b_384", 86_520_704, 39.710, 84.7, LITV2, WRAPPED, size=384),
+        _row("lit_ti", 19_886_272, 3.614, 81.1, LIT, CLASSIFICATION, *DENSE),
+        _row("lit_s", 27_973_720, 4.082, 81.5, LIT, CLASSIFICATION, *DENSE),
+        _row("lit_m", 49_372_264, 8.599, 83.0, LIT, CLASSIFICATION),
+        _row("lit_b", 87_292_384, 15.037, 83.4, LIT, CLASSIFICATION),
+        _row("litv2_s", 27_844_000, 3.734, 82.0, LITV2, CLASSIFICATION, *DENSE),
+        _row("litv2_m", 48_830_368, 7.479, 83.3, LITV2, CLASSIFICATION, *DENSE),
+        _row("litv2_b", 86_520_704, 13.194, 83.6, LITV2, CLASSIFICATION, *DENSE),
+        _row("litv2_b_384", 86_520_704, 39.710, 84.7, LITV2, CLASSIFICATION, size=384),
         # Other shares of low-frequency heads; litv2_s is 0.9. For 1.0 the README states 3.70, the authors' count 3.746.
-        _row("litv2_s_alpha00", 28_089_760, 3.966, 81.16, LITV2, WRAPPED),
-        _row("litv2_s_alpha02", 27_844_000, 3.881, 81.89, LITV2, WRAPPED),
-        _row("litv2_s_alpha04", 27_696_544, 3.815, 81.81, LITV2, WRAPPED),
-        _row("litv2_s_alpha05", 27_647_392, 3.769, 81.88, LITV2, WRAPPED),
-        _row("litv2_s_alpha07", 27_696_544, 3.742, 81.94, LITV2, WRAPPED),
-        _row("litv2_s_alpha10", 28_089_760, 3.746, 81.89, LITV2, WRAPPED),
-        _row("hvt_ti_1", 5_735_656, 0.642, 69.64, HVT, WRAPPED),
-        _row("hvt_s_0", 22_049_896, 4.574, 80.39, HVT, WRAPPED),
-        _row("hvt_s_1", 22_087_144, 2.402, 78.00, HVT, WRAPPED),
-        _row("hvt_s_2", 22_105_576, 1.941, 77.36, HVT, WRAPPED),
-        _row("hvt_s_3", 22_114_408, 1.620, 76.32, HVT, WRAPPED),
-        _row("scale_hvt_ti_4", 22_118_632, 1.394, 75.23, HVT, WRAPPED),
+        _row("litv2_s_alpha00", 28_089_760, 3.966, 81.16, LITV2, CLASSIFICATION),
+        _row("litv2_s_alpha02", 27_844_000, 3.881, 81.89, LITV2, CLASSIFICATION),
+        _row("litv2_s_alpha04", 27_696_544, 3.815, 81.81, LITV2, CLASSIFICATION),
+        _row("litv2_s_alpha05", 27_647_392, 3.769, 81.88, LITV2, CLASSIFICATION),
+        _row("litv2_s_alpha07", 27_696_544, 3.742, 81.94, LITV2, CLASSIFICATION),
+        _row("litv2_s_alpha10", 28_089_760, 3.746, 81.89, LITV2, CLASSIFICATION),
+        _row("hvt_ti_1", 5_735_656, 0.642, 69.64, HVT, CLASSIFICATION),
+        _row("hvt_s_0", 22_049_896, 4.574, 80.39, HVT, CLASSIFICATION),
+        _row("hvt_s_1", 22_087_144, 2.402, 78.00, HVT, CLASSIFICATION),
+        _row("hvt_s_2", 22_105_576, 1.941, 77.36, HVT, CLASSIFICATION),
+        _row("hvt_s_3", 22_114_408, 1.620, 76.32, HVT, CLASSIFICATION),
+        _row("scale_hvt_ti_4", 22_118_632, 1.394, 75.23, HVT, CLASSIFICATION),
     )
 }
