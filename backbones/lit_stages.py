@@ -62,7 +62,7 @@ class Stage(nn.Module):
     def __init__(self, blocks: Sequence[nn.Module], downsample: nn.Module | None) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
-        self.downsample = downsample
+        self.downsample: nn.Module | None = downsample
         self.grad_checkpointing = False
 
     def forward(self, x: Tensor) -> Tensor:
@@ -132,20 +132,30 @@ class LITStages(nn.Module):
             last = stage == len(depths) - 1
             self.layers.append(Stage(blocks, None if last else DeformableTokenMerging(dim, 2 * dim)))
 
+    @property
+    def stages(self) -> list[Stage]:
+        """The stages, typed."""
+        return [stage for stage in self.layers if isinstance(stage, Stage)]
+
     def forward_stages(self, image: Tensor) -> list[Tensor]:
         """Maps (B, H / s, W / s, C_s) of all stages from an image (B, C_in, H, W), before their token merging."""
         x = self.patch_embed(image)
         maps = []
-        for stage in self.layers:
+        for stage in self.stages:
             x = stage(x)
             maps.append(x)
             if stage.downsample is not None:
                 x = stage.downsample(x)
         return maps
 
+    def keep_stages(self, count: int) -> None:
+        """Drop the stages behind the first `count`, whose parameters would get no gradient."""
+        del self.layers[count:]
+        self.stages[-1].downsample = None
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block's activations in the backward pass."""
-        for stage in self.layers:
+        for stage in self.stages:
             stage.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:
@@ -189,7 +199,7 @@ class LITClassifier(LITStages):
             {"num_chs": dim, "reduction": stride, "module": f"layers.{stage}"}
             for stage, (dim, stride) in enumerate(zip(self.dims, self.strides, strict=True))
         ]
-        self.norm = nn.LayerNorm(self.num_features)
+        self.norm: nn.Module = nn.LayerNorm(self.num_features)
         self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
         self.global_pool = _checked_pool(global_pool)
         initialise(self)
@@ -240,8 +250,7 @@ class LITClassifier(LITStages):
     ) -> list[int]:
         """Drop the stages behind the last of `indices`, and norm and classifier where asked; return the indices."""
         chosen = feature_indices(len(self.layers), indices)
-        del self.layers[max(chosen) + 1 :]
-        self.layers[-1].downsample = None
+        self.keep_stages(max(chosen) + 1)
         if prune_norm:
             self.norm = nn.Identity()
         if prune_head:
@@ -289,9 +298,7 @@ class LITFeatures(LITStages):
         if flavour not in ("segmentation", "detection"):
             raise ValueError(f"flavour={flavour!r}: expected 'segmentation' or 'detection'")
         self.out_indices = feature_indices(len(self.layers), out_indices)
-        # A stage behind the last returned one would be parameters without gradient.
-        del self.layers[max(self.out_indices) + 1 :]
-        self.layers[-1].downsample = None
+        self.keep_stages(max(self.out_indices) + 1)
         self.channels = [self.dims[i] for i in self.out_indices]
         self.strides = [self.strides[i] for i in self.out_indices]
         for i in self.out_indices:

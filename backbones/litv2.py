@@ -79,7 +79,8 @@ class HiLo(nn.Module):
         batch, rows, columns = x.shape[0], x.shape[1] // window, x.shape[2] // window
         qkv = self.h_qkv(x).view(batch, rows, window, columns, window, 3, heads, dim)
         qkv = qkv.permute(5, 0, 1, 3, 6, 2, 4, 7).reshape(3, batch * rows * columns, heads, window**2, dim)
-        out = F.scaled_dot_product_attention(*qkv.unbind(), scale=self.scale)
+        q, k, v = qkv.unbind()
+        out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
         out = out.view(batch, rows, columns, heads, window, window, dim).permute(0, 1, 4, 2, 5, 3, 6)
         return self.h_proj(out.reshape(batch, rows * window, columns * window, heads * dim))
 

@@ -1,0 +1,1 @@
+"""Measurements beside peers: ``python -m benchmarks backbones``. Needs torch, torchvision and timm only."""

@@ -1,0 +1,58 @@
+"""Times of several candidates in alternation, so that a busy machine slows all of them alike."""
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+from statistics import median
+
+import torch
+
+
+class Clock:
+    """Seconds that the work of one process takes on `device`.
+
+    On one CPU thread it is the processor time of the process, which other processes on the machine disturb least;
+    else it is wall time, on a GPU once the device has finished.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.counts_processor_time = device.type == "cpu" and torch.get_num_threads() == 1
+
+    def __call__(self) -> float:
+        """The time now."""
+        if self.counts_processor_time:
+            return time.process_time()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def __str__(self) -> str:
+        """What is measured."""
+        return "processor time" if self.counts_processor_time else "wall time"
+
+
+def time_in_turns(
+    candidates: Mapping[str, Callable[[], object]], rounds: int, clock: Clock, warm_up: int = 2
+) -> dict[str, list[float]]:
+    """Seconds of each of `rounds` calls of every candidate, after `warm_up` calls; progress goes to stderr."""
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for turn in range(-warm_up, rounds):
+        for name, run in candidates.items():
+            _progress(f"round {turn + 1} of {rounds}: {name}" if turn >= 0 else f"warming up: {name}")
+            begin = clock()
+            run()
+            if turn >= 0:
+                seconds[name].append(clock() - begin)
+    _progress("")
+    return seconds
+
+
+def spread(seconds: list[float]) -> tuple[float, float, float]:
+    """Median, smallest and largest."""
+    return median(seconds), min(seconds), max(seconds)
+
+
+def _progress(text: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\r\x1b[2K{text}", end="", file=sys.stderr, flush=True)
