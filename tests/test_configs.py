@@ -1,4 +1,7 @@
-"""Every shipped configuration, through the real command line: what it builds, its recipe and its published score."""
+"""Every configuration of segmentation, through the real command line: what it builds, its recipe, its published score.
+
+Those of classification have their own file, `classification/test_configs.py`.
+"""
 
 import json
 import os
@@ -19,7 +22,7 @@ from tasks.segmentation import module as modules
 from tasks.segmentation.weights import official_key_table
 
 HERE = Path(__file__).parent
-LISTED = {config.name: config for config in find_configs(CONFIGS, PACKAGE)}
+LISTED = {config.name: config for config in find_configs(CONFIGS, PACKAGE) if config.task == "segmentation"}
 ADE20K_512 = {
     "train_short_sides": [256, 307, 358, 409, 460, 512, 563, 614, 665, 716, 768, 819, 870, 921, 972, 1024],
     "max_long_side": 2048, "crop_size": [512, 512], "test_short_side": 512, "test_max_long_side": 2048,
@@ -82,10 +85,13 @@ def test_all_promised_configurations_exist():
     assert {*RECIPES, "sample/faseg"} <= set(LISTED)
 
 
+def test_every_configuration_belongs_to_a_task():
+    assert {config.task for config in find_configs(CONFIGS, PACKAGE)} == {"classification", "segmentation"}
+
+
 @pytest.mark.parametrize("name", LISTED)
 def test_comments_say_what_it_is_and_what_was_published(name):
     config = LISTED[name]
-    assert config.task == "segmentation"
     assert config.description
     assert re.match(r"none\b|\d\d\.\d mIoU \(single scale\)", config.published)
 

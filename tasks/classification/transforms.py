@@ -84,7 +84,7 @@ class TimmTransform:
 
 
 def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
-    """Keep some of 8 bits. timm's strongest Posterize keeps none, which Pillow refuses since release 12."""
+    """Keep some of 8 bits. The strongest Posterize of timm keeps none, which newer releases of Pillow refuse."""
     if bits < 1:
         return Image.new("RGB", image.size)  # black, as before
     return image if bits >= 8 else ImageOps.posterize(image, bits)
