@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from backbones.keys import BACKBONE_TABLES, CLASSIFIER, COMPUTED, Table
+from backbones.keys import BACKBONE_TABLES, BUFFERS, CLASSIFIER, COMPUTED, Table
 from backbones.positions import resize_positions
 
 # Where training programs keep the weights; averaged weights first, as timm does.
@@ -136,7 +136,7 @@ def load_checkpoint(
     `min_backbone_match` of the tensors of ``model.backbone`` (of the model if it has no such child) fit.
     """
     path = Path(path)
-    state_dict = read_state_dict(path)
+    state_dict = rename(read_state_dict(path), BUFFERS)
     target = model.state_dict()
     layout, renamed = _best_layout(state_dict, target, tables)
     fitting: dict[str, Tensor] = {}
@@ -157,7 +157,7 @@ def load_checkpoint(
         missing=[name for name in target if name not in renamed and not name.endswith(COMPUTED)],
         unexpected=[name for name in unused if name not in ignored],
         mismatched={name: mismatched[name] for name in target if name in mismatched},
-        ignored=[*ignored, *(name for name in dropped if not name.endswith(COMPUTED))],
+        ignored=[*ignored, *dropped],
     )
     _require_backbone(report, target, min_backbone_match)
     if report.mismatched:
@@ -168,9 +168,9 @@ def load_checkpoint(
 
 
 def _of_other_heads(names: Sequence[str], target: Mapping[str, Tensor]) -> list[str]:
-    """Those of `names` that belong to a classifier's norm or head where the model has none."""
+    """Those of `names` that belong to a classifier of which the model has nothing."""
     found = {name: match[0] for name in names if (match := re.match(CLASSIFIER, name))}
-    return [name for name, module in found.items() if not any(key.startswith(module) for key in target)]
+    return [name for name, part in found.items() if not any(key.startswith(part) for key in target)]
 
 
 def _require_backbone(report: LoadReport, target: Mapping[str, Tensor], min_match: float) -> None:
@@ -226,7 +226,9 @@ def _load_torch(path: Path, mmap: bool) -> Any:
     scalar = np.float64(0).__reduce__()[0]
     allowed: list[Any] = [argparse.Namespace, np.dtype, *{type(np.dtype(code)) for code in "?bBhHiIlLqQefd"}]
     allowed += [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
-    # Training programs keep their arguments and scores beside the weights; these are plain values too.
+    # Training programs keep their arguments and scores beside the weights; these are plain values too. A yacs CfgNode
+    # is a dict with flags and becomes an ordered one, whether or not yacs is installed.
+    allowed.append((OrderedDict, "yacs.config.CfgNode"))
     with torch.serialization.safe_globals(allowed):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
 

@@ -12,8 +12,8 @@ Table = Sequence[tuple[str, str | None]]
 COMPUTED = ("num_batches_tracked", "relative_position_index", "attn_mask")
 BUFFERS: Table = [(r"^(.+\.)?(relative_position_index|attn_mask)$", None)]
 
-# Final norm and classifier of LIT, LITv2 and Swin, which networks for dense prediction have no use for.
-CLASSIFIER = r"^(backbone\.)?(norm|head)\."
+# Final norm, classifier and class token of LIT, LITv2 and Swin, which networks for dense prediction have no use for.
+CLASSIFIER = r"^(backbone\.)?(norm\.|head\.|cls_token$)"
 
 # timm's and torchvision's own names, also as timm's feature lists flatten them (layers_0 for layers.0).
 TIMM: Table = [(r"^(layers|stages|blocks|levels|features)_(\d+)\.", r"\1.\2."), (r"^(?!body\.)", "body.")]
@@ -46,12 +46,12 @@ TO_OFFICIAL_SWIN: Table = [
 ]
 
 # Detectors and segmentation networks of mmdetection and mmsegmentation, of which the backbone is taken.
-MM_BACKBONE: Table = [*BUFFERS, (r"^(?!backbone\.)", None), (r"^backbone\.", "")]
+MM_BACKBONE: Table = [(r"^(?!backbone\.)", None), (r"^backbone\.", "")]
 
 # What a file with a backbone alone may look like; `load_checkpoint` takes the one that fits.
 BACKBONE_TABLES: Mapping[str, Table] = {
-    "our names": BUFFERS,
-    "timm or torchvision names": [*BUFFERS, *TIMM],
+    "our names": [],
+    "timm or torchvision names": TIMM,
     "detectron2 ResNet names": DETECTRON2_RESNET,
     "official Swin names": OFFICIAL_SWIN,
     "backbone of an mmdetection or mmsegmentation model": MM_BACKBONE,

@@ -9,7 +9,17 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from backbones.keys import Table
 from tasks.segmentation.preprocess import Preprocess
+
+# mmsegmentation's names of neck and head. Its scale heads count convolutions (with norm and ReLU) and upsamplings.
+MMSEGMENTATION_KEYS: Table = [
+    (r"^neck\.lateral_convs\.(\d)\.conv\.", r"neck.laterals.\1."),
+    (r"^neck\.fpn_convs\.(\d)\.conv\.", r"neck.outputs.\1."),
+    *((rf"^decode_head\.scale_heads\.(\d)\.{i}\.conv\.", rf"head.levels.\1.{2 * i}.") for i in (0, 2, 4)),
+    *((rf"^decode_head\.scale_heads\.(\d)\.{i}\.bn\.", rf"head.levels.\1.{2 * i + 1}.") for i in (0, 2, 4)),
+    (r"^decode_head\.conv_seg\.", "head.classifier."),
+]
 
 
 class SemanticFPNNetwork(nn.Module):

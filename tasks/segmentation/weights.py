@@ -1,4 +1,4 @@
-"""Weights of segmentation networks: our checkpoints, bare backbones, and FASeg's and Mask2Former's releases."""
+"""Weights of segmentation networks: our checkpoints, bare backbones, and official releases."""
 
 import io
 from pathlib import Path
@@ -8,11 +8,12 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from backbones.checkpoint import LoadReport, load_checkpoint, rename
-from backbones.keys import BACKBONE_TABLES, TO_DETECTRON2_RESNET, TO_OFFICIAL_SWIN, Table, prefixed
+from backbones.keys import BACKBONE_TABLES, TIMM, TO_DETECTRON2_RESNET, TO_OFFICIAL_SWIN, Table, prefixed
 from tasks.core.errors import UserError
 from tasks.core.files import write_atomically
 from tasks.segmentation.faseg.keys import HEAD_KEYS, OFFICIAL_HEAD_KEYS
 from tasks.segmentation.faseg.network import FASegNetwork
+from tasks.segmentation.semantic_fpn import MMSEGMENTATION_KEYS
 
 NO_OBJECT_WEIGHT = 0.1
 
@@ -23,6 +24,8 @@ def _layouts() -> dict[str, Table]:
         "our checkpoint": [(r"^(?!network\.)", None), (r"^network\.", "")],
         "our network": [],
     }
+    layouts["mmsegmentation model"] = MMSEGMENTATION_KEYS
+    layouts["mmsegmentation model, timm or torchvision names"] = [*MMSEGMENTATION_KEYS, *prefixed(TIMM, "backbone.")]
     for name, table in BACKBONE_TABLES.items():
         layouts[f"official model, {name}"] = [*HEAD_KEYS, *prefixed(table, "backbone.")]
     for name, table in BACKBONE_TABLES.items():
@@ -34,8 +37,8 @@ def load_weights(network: nn.Module, path: str | Path) -> LoadReport:
     """Load a weight file of any known layout into `network`; see `backbones.checkpoint.load_checkpoint`.
 
     Knows checkpoints of our training, the releases of FASeg, Mask2Former and MaskFormer (.pth, .pkl) and what
-    `export_weights` writes, and files with a backbone alone (then the head keeps its initial values, as the report
-    says).
+    `export_weights` writes, Semantic FPN of mmsegmentation as LIT and LITv2 released it, and files with a backbone
+    alone (then the head keeps its initial values, as the report says).
     """
     return load_checkpoint(network, path, tables=_layouts())
 
@@ -46,7 +49,7 @@ def official_key_table(network: nn.Module) -> Table:
     Raises UserError for a backbone that is neither a ResNet nor a Swin: the official code has no names for it.
     """
     names = {name for name, _ in network.named_parameters()}
-    if {"backbone.patch_embed.proj.weight", "backbone.norm0.weight"} <= names:
+    if {"backbone.layers.1.downsample.reduction.weight", "backbone.norm0.weight"} <= names:
         backbone = TO_OFFICIAL_SWIN
     elif "backbone.body.layer1.0.conv3.weight" in names:
         backbone = TO_DETECTRON2_RESNET

@@ -118,7 +118,8 @@ def test_weights_of_another_model_are_refused(tmp_path):
 
 
 def test_exports_that_have_no_official_name(tmp_path):
-    with pytest.raises(UserError, match="must be a bottleneck ResNet or a Swin"):
-        export_weights(network("resnet18"), tmp_path / "w.pth")
+    for name in ("resnet18", "lit_s"):
+        with pytest.raises(UserError, match="must be a bottleneck ResNet or a Swin"):
+            export_weights(network(name), tmp_path / "w.pth")
     with pytest.raises(UserError, match=r"w\.onnx: exported weights are written as"):
         export_weights(network(), tmp_path / "w.onnx")
