@@ -14,17 +14,19 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *s
 
 
 def commands(text):
-    """The arguments of every segmentation command in the code blocks of a page; continued lines are one."""
+    """Task and arguments of every task's command in the code blocks of a page; continued lines are one."""
     blocks = "\n".join(re.findall(r"^```(?:bash|sh)\n(.*?)^```", text, re.DOTALL | re.MULTILINE))
     lines = re.sub(r"\\\n\s*", "", blocks).splitlines()
-    found = (re.search(r"-m tasks\.segmentation (.*)", line) for line in lines)
+    found = (re.search(r"-m tasks\.(\w+ .*)", line) for line in lines)
     return [shlex.split(match[1], comments=True) for match in found if match]
 
 
 def all_commands():
     configs = [line for path in CONFIGS.rglob("*.yaml") for line in path.read_text().splitlines()]
     options = {line.partition(": ")[2] for line in configs if line.startswith("# multi-scale and flip: ")}
-    hints = [["validate", "-c", "configs/faseg.yaml", *shlex.split(option)] for option in sorted(options)]
+    hints = [
+        ["segmentation", "validate", "-c", "configs/faseg.yaml", *shlex.split(option)] for option in sorted(options)
+    ]
     found = [command for page in PAGES for command in commands(page.read_text())] + hints
     return sorted({tuple(command) for command in found})
 
@@ -33,22 +35,27 @@ def test_commands_are_found_in_code_blocks():
     text = (
         "```bash\npython -m tasks.segmentation fit -c a.yaml \\\n    --x '[1, 2]'  # why\n```\n-m tasks.segmentation no"
     )
-    assert commands(text) == [["fit", "-c", "a.yaml", "--x", "[1, 2]"]]
-    assert {command[0] for command in all_commands()} == {"fit", "validate", "test", "predict", "check"}
+    assert commands(text) == [["segmentation", "fit", "-c", "a.yaml", "--x", "[1, 2]"]]
+    subcommands = {"segmentation": {"fit", "validate", "test", "predict", "check"}}
+    subcommands["classification"] = subcommands["segmentation"] - {"test"}
+    for task, names in subcommands.items():
+        assert {command[1] for command in all_commands() if command[0] == task} == names
 
 
 @pytest.mark.parametrize("command", all_commands(), ids=" ".join)
-def test_commands_are_accepted(command, run_cli, tmp_path):
+def test_commands_are_accepted(command, run_cli, run_classification, tmp_path):
     """The parser takes every command as it stands; files that only a user has are put in its way."""
-    for option, value in itertools.pairwise(command):
+    task, *arguments = command
+    for option, value in itertools.pairwise(arguments):
         if option == "--ckpt_path":
             (tmp_path / value).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / value).touch()
         elif option == "-c" and not (ROOT / value).exists():
             (tmp_path / value).write_text("seed_everything: 1\n")
-    outcome = run_cli(*command, "--print_config")
+    run = {"segmentation": run_cli, "classification": run_classification}[task]
+    outcome = run(*arguments, "--print_config")
     assert outcome.code == 0, outcome.err
-    assert "class_path: tasks.segmentation." in outcome.out
+    assert f"class_path: tasks.{task}." in outcome.out
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
