@@ -47,8 +47,14 @@ RECIPES = {
     "faseg_cityscapes": CITYSCAPES,
     "semantic_fpn": ADE20K_512,
     "semantic_fpn_swin_t": ADE20K_512,
+    "semantic_fpn_lit_ti": ADE20K_512,
+    "semantic_fpn_lit_s": ADE20K_512,
+    "semantic_fpn_litv2_s": ADE20K_512,
+    "semantic_fpn_litv2_m": ADE20K_512,
+    "semantic_fpn_litv2_b": ADE20K_512,
 }
-MASK_CLASSIFICATION = [name for name in RECIPES if not name.startswith("semantic_fpn")]
+SEMANTIC_FPN = [name for name in RECIPES if name.startswith("semantic_fpn")]
+MASK_CLASSIFICATION = [name for name in RECIPES if name not in SEMANTIC_FPN]
 
 
 PARSED = {}  # by name of the configuration; parsing takes a second
@@ -115,6 +121,7 @@ def test_parses_and_builds(name, resolved):
         ("faseg_cityscapes", 50_531_092),
         ("mask2former", 43_988_247),
         ("semantic_fpn", 28_495_574),
+        ("semantic_fpn_litv2_s", 31_449_486),
     ],
 )
 def test_parameters_are_those_of_the_official_model(name, num_parameters, resolved):
@@ -152,13 +159,18 @@ def test_training_recipe_of_mask_classification(name, resolved):
     assert model["pretrained"]
 
 
-def test_training_recipe_of_semantic_fpn(resolved):
-    for name in ("semantic_fpn", "semantic_fpn_swin_t"):
-        config = resolved(name)
-        optim = config["model"]["init_args"]["optim"]
-        expected = {"lr": 1e-4, "weight_decay": 1e-4, "schedule": "poly", "power": 0.9, "min_lr": 1e-6}
-        assert {key: optim[key] for key in expected} == expected
-        assert config["trainer"]["max_steps"] == 80_000
+@pytest.mark.parametrize("name", SEMANTIC_FPN)
+def test_training_recipe_of_semantic_fpn(name, resolved):
+    config = resolved(name)
+    model = config["model"]["init_args"]
+    expected = {"lr": 1e-4, "weight_decay": 1e-4, "schedule": "poly", "power": 0.9, "min_lr": 1e-6}
+    assert {key: model["optim"][key] for key in expected} == expected
+    assert config["trainer"]["max_steps"] == 80_000
+    if "lit" in name:
+        drop_path = {"lit_ti": 0.1, "lit_s": 0.2, "litv2_s": 0.2, "litv2_m": 0.2, "litv2_b": 0.3}
+        assert model["drop_path_rate"] == drop_path[model["backbone"]]
+        assert name == f"semantic_fpn_{model['backbone']}"
+        assert not model["pretrained"]  # nothing can be downloaded
 
 
 @pytest.mark.parametrize(
