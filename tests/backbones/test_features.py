@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from backbones import create, create_features
+from backbones.lit_ti import LITTiDense
 from backbones.swin import SWIN_VARIANTS, SwinFeatures, relative_position_index, shifted_window_mask
 
 
@@ -171,3 +172,75 @@ def test_shift_mask_separates_what_wrapped_around():
     assert mask.shape == (4, 4, 4)
     assert not mask[0].any()  # nothing wrapped into the first window
     assert mask[3].eq(-100).sum() == 12  # in the last one every token comes from another place
+
+
+# -- LIT, LITv2 -------------------------------------------------------------------------------------------------------
+
+OURS = ["lit_ti", "lit_s", "lit_m", "lit_b", "litv2_s", "litv2_m", "litv2_b", "litv2_b_384", "litv2_s_alpha05"]
+
+
+def test_pyramids_of_every_lit_are_the_official_dense_networks():
+    with torch.device("meta"):
+        for name in OURS:
+            for flavour in ("segmentation", "detection"):
+                features = create_features(name, flavour=flavour)
+                norms = {key.split(".")[0] for key in features.state_dict() if key.startswith("norm")}
+                first = {"segmentation": 0, "detection": 1}[flavour]
+                assert norms == (set() if name == "lit_ti" else {f"norm{i}" for i in range(first, 4)}), name
+                assert features.strides == [4, 8, 16, 32]
+                assert not any("head" in key or "cls_token" in key for key in features.state_dict())
+    assert features.channels == [96, 192, 384, 768]
+
+
+@pytest.mark.parametrize("name", ["lit_ti", "lit_s", "litv2_s"])
+def test_options_of_pyramids_reach_lit(name):
+    features = create_features(name, out_indices=(0, 2), norm="frozen", drop_path_rate=0.25).train()
+    assert features.strides == [4, 16]
+    rates = [m.drop_prob for m in features.modules() if type(m).__name__ == "DropPath"]
+    assert 0 < max(rates) < 0.25  # the rate of the last stage, which is left out
+    image = torch.randn(1, 3, 45, 61)
+    maps = features(image)
+    assert [x.shape[1] for x in maps] == features.channels
+    sum(x.sum() for x in maps).backward()
+    assert [n for n, p in features.named_parameters() if p.grad is None] == []
+    buffers = {n for n, _ in features.named_buffers() if "norm_layer" in n}
+    assert any(n.endswith("norm_layer.weight") for n in buffers)
+
+
+def test_lit_has_no_weights_to_download():
+    message = r"there are no weights of 'litv2_s' to download; set pretrained to false .* the option weights"
+    for call in (create, create_features):
+        with pytest.raises(RuntimeError, match=message):
+            call("litv2_s", pretrained=True)
+
+
+def test_a_flavour_that_does_not_exist():
+    for name in ("litv2_s", "resnet18"):
+        with pytest.raises(ValueError, match="flavour='pose': expected 'segmentation' or 'detection'"):
+            create_features(name, flavour="pose")
+
+
+def test_hvt_has_no_pyramid():
+    with pytest.raises(ValueError, match=r"'hvt_s_1' has no feature pyramid: maps of strides \[4, 8, 16, 32\]"):
+        create_features("hvt_s_1")
+
+
+def test_lit_ti_resizes_positions_to_another_shape_unless_asked_for_the_official_rule():
+    sizes = {"img_size": 64, "embed_dims": (8, 8, 8, 8), "depths": (1, 1, 1, 1), "num_heads": (1, 1, 1, 1)}
+    ours, official = LITTiDense(**sizes).eval(), LITTiDense(**sizes, official_positions=True).eval()
+    official.load_state_dict(ours.state_dict())
+    for size, equal in (((32, 128), False), ((64, 64), True), ((48, 80), True), ((128, 128), True)):
+        image = torch.randn(1, 3, *size)
+        # 128 x 128 has as many tokens in stage 2 as the embedding in stage 1: official code stops there
+        pairs = zip(ours(image), official(image), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs) == equal, size
+
+
+@pytest.mark.parametrize("size", [(32, 32), (33, 63), (70, 41), (64, 128)])
+def test_lit_ti_classifies_images_of_any_size(size):
+    model = create("lit_ti", num_classes=3, img_size=64).eval()
+    with torch.no_grad():
+        scores, (tokens, maps) = model(torch.randn(2, 3, *size)), model.forward_intermediates(torch.randn(2, 3, *size))
+    assert scores.shape == (2, 3)
+    assert [tuple(x.shape[-2:]) for x in maps] == [(size[0] // s, size[1] // s) for s in (4, 8, 16, 32)]
+    assert tokens.shape == (2, 1 + (size[0] // 32) * (size[1] // 32), 512)
