@@ -97,7 +97,7 @@ def class_folders(folder: Path) -> list[str]:
 def images_below(folder: Path) -> list[str]:
     """Return the images at any depth below `folder`, relative to it with ``/``, sorted; hidden files are left out."""
     found: list[str] = []
-    for parent, folders, files in os.walk(folder, followlinks=True):
+    for parent, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         inner = Path(parent).relative_to(folder).as_posix()
         prefix = "" if inner == "." else f"{inner}/"

@@ -109,6 +109,16 @@ def test_training_batches_are_the_same_for_any_number_of_workers(name, pets, dig
     assert len({image.numpy().tobytes() for image in alone}) == len(alone)  # nothing is drawn twice
 
 
+@pytest.mark.parametrize("augmentation", ["timm", [{"Affine": {"rotate": [-10, 10]}}]])
+def test_data_sets_can_be_sent_to_other_processes(pets, augmentation):
+    """Loader workers on macOS and Windows get a pickled copy."""
+    data = ImageFolder(str(pets), **SMALL, augmentation=augmentation)
+    for dataset in (data.train_dataset(), data.val_dataset()):
+        copy = pickle.loads(pickle.dumps(dataset))
+        assert torch.equal(copy[2]["image"], dataset[2]["image"])
+    assert pickle.loads(pickle.dumps(data.train_collate))([dataset[0]])["image"].shape == (1, 3, 32, 32)
+
+
 def test_another_seed_draws_other_augmentations_and_another_order(pets):
     first, again, other = (all_epochs(ImageFolder(str(pets), **SMALL, seed=seed)) for seed in (0, 0, 1))
     assert torch.equal(first, again)
