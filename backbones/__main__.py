@@ -179,6 +179,8 @@ class _Progress:
 def _convert(options: argparse.Namespace) -> None:
     if options.to.exists() and not options.force:
         raise CommandError(f"{options.to} exists; --force replaces it")
+    if options.model is None:
+        print("comparing with every network ...", file=sys.stderr, flush=True)
     print(convert(options.source, options.to, options.model))
 
 

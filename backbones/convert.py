@@ -20,16 +20,21 @@ COMPUTED = ("relative_position_index", "num_batches_tracked")  # a network has t
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was written: the network, the others that the tensors fit too, and what of the file was left out."""
+    """What was written: the network, the others that the tensors fit too, and the heads that were left out."""
 
     report: LoadReport
     target: Path
     also: list[str]
+    left_out: list[str]
 
     def __str__(self) -> str:
         """The load report, with the file written in its first line."""
-        text = f"{self.target}: {self.report}"
-        return text + (f"\n  the same tensors fit {', '.join(self.also)}; --model says which" if self.also else "")
+        lines = [f"{self.target} from {self.report}"]
+        if self.left_out:
+            lines.append(f"  {'left out':<12}{len(self.left_out):>6}  {first_names(self.left_out)}")
+        if self.also:
+            lines.append(f"  the same tensors fit {', '.join(self.also)}")
+        return "\n".join(lines)
 
 
 def convert(source: Path, target: Path, model: str | None = None) -> Conversion:
@@ -46,8 +51,9 @@ def convert(source: Path, target: Path, model: str | None = None) -> Conversion:
         raise CheckpointError(f"{target}: expected a name ending in {' or '.join(SUFFIXES)}")
     if source.exists() and target.exists() and source.samefile(target):
         raise CheckpointError(f"{target} is the file to read; give the new one another name")
-    state_dict = read_state_dict(source)
+    state_dict, heads = read_state_dict(source), []
     if any(name.startswith(DENSE_PREFIX) for name in state_dict):
+        heads = [name for name in state_dict if not name.startswith(DENSE_PREFIX)]
         inside = {name: tensor for name, tensor in state_dict.items() if name.startswith(DENSE_PREFIX)}
         state_dict = {name.removeprefix(DENSE_PREFIX): tensor for name, tensor in inside.items()}
     reports = [_fit(source, label, state_dict, wanted) for label, wanted in _candidates(state_dict, model)]
@@ -56,7 +62,7 @@ def convert(source: Path, target: Path, model: str | None = None) -> Conversion:
     if _misfits(best):
         raise CheckpointError(_explain(best, model))
     _write(target, {name: state_dict[name].contiguous() for name in best.loaded}, best.layout, source)
-    return Conversion(best, target, [r.layout for r in reports[1:] if not _misfits(r)])
+    return Conversion(best, target, [r.layout for r in reports[1:] if not _misfits(r)], heads)
 
 
 def _candidates(state_dict: Mapping[str, Tensor], model: str | None) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
