@@ -126,7 +126,11 @@ class Classification(TaskModule):
     # -- training -------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Read the teacher of a training; raises UserError if it is of no use."""
+        """Compare the classes with those of the data and read the teacher of a training; raises UserError."""
+        data = getattr(self._trainer, "datamodule", None)
+        if data is not None:
+            fits = data.num_classes == self.num_classes
+            expect("model.num_classes", self.num_classes, fits, f"the data's {data.num_classes}")
         if stage == "fit" and self.distillation and self.teacher is None:
             self.teacher = Teacher(self.distillation, self.num_classes, self.img_size)
 

@@ -172,6 +172,9 @@ class CLI(LightningCLI):
             datamodule = parser.instantiate_classes(parser.parse_object({"data": config["data"]})).data
             raise SystemExit(0 if datamodule.check() else 1)
         options = self._get(self.config, "model").init_args
+        for source, option in cast(type[TaskModule], self._model_class).from_data.items():
+            if options.get(option) is not None:
+                raise UserError(f"model.{option}: {options[option]} was given, but it follows from the data ({source})")
         if self._get(self.config, "ckpt_path"):
             options.pretrained = False  # the checkpoint replaces all weights; nothing is to be downloaded for it
         elif self.subcommand != "fit" and not options.weights:

@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch import Trainer
 
+from tasks.classification.data import DigitImages
 from tasks.classification.module import SCALARS, Classification
 from tasks.classification.report import Case, classification_report, distinct, restored
+from tasks.core.errors import UserError
 from tasks.core.evaluation import Sample
 
 
@@ -248,6 +251,8 @@ TEACHER = {"teacher": "test_resnet", "teacher_weights": "missing.pth"}
         ("distillation", {**TEACHER, "kind": "medium"}, ["kind: expected", "'hard', 'soft'", "medium"]),
         ("distillation", {"teacher": "resnet5o"}, ["model.distillation.teacher: unknown backbone 'resnet5o'; nearest"]),
         ("distillation", TEACHER, ["missing.pth: no such weight file"]),
+        ("num_classes", 5, ["model.num_classes: 5 was given, but it follows from the data (num_classes)"]),
+        ("img_size", 64, ["model.img_size: 64 was given, but it follows from the data (image_size)"]),
         ("mixpu", 0.1, ["unknown option 'mixpu'", "did you mean", "mixup"]),
         ("weights", "missing.pth", ["missing.pth: no such weight file"]),
         ("optim", {"lr_multipliers": {"*.conv_offset.weight": 0.01}}, ["no parameter starts with or matches *.conv_"]),
@@ -255,6 +260,12 @@ TEACHER = {"teacher": "test_resnet", "teacher_weights": "missing.pth"}
 )
 def test_options_that_cannot_be_used(fit_fails, option, value, parts):
     fit_fails({f"model.init_args.{option}": value}, parts)
+
+
+def test_data_with_other_classes_than_the_model(tiny_digits):
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, use_distributed_sampler=False)
+    with pytest.raises(UserError, match=r"model\.num_classes: 5 was given, the data's 10 was expected"):
+        trainer.validate(classifier(5), datamodule=DigitImages(str(tiny_digits), num_workers=0))
 
 
 def test_a_network_without_stochastic_depth(fit_fails):
