@@ -1,4 +1,4 @@
-"""Imports point one way: tasks -> efficiency -> backbones -> kernels; the last two run without the rest."""
+"""Imports point one way: tasks -> efficiency -> backbones -> kernels; these two and benchmarks need only timm."""
 
 import ast
 import subprocess
@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("tasks", "efficiency", "backbones", "kernels")  # an import leads from left to right
-# timm itself needs numpy and safetensors.
-LIGHT = {"torch", "timm", "numpy", "safetensors", *sys.stdlib_module_names}
+PACKAGES = ("benchmarks", "tasks", "efficiency", "backbones", "kernels")  # an import leads from left to right
+LIGHT_PACKAGES = ("benchmarks", "backbones", "kernels")
+# timm itself needs torchvision, numpy and safetensors.
+LIGHT = {"torch", "timm", "torchvision", "numpy", "safetensors", *LIGHT_PACKAGES, *sys.stdlib_module_names}
 NOT_NEEDED = (
     "lightning", "torchmetrics", "jsonargparse", "albumentations", "cv2", "pycocotools", "scipy", "sklearn",
     "jinja2", "matplotlib", "rich", "tensorboard", "triton",
@@ -39,13 +40,14 @@ def violations(path, source):
     broken = []
     for name, needed in imports_of(path, source):
         root, _, rest = name.partition(".")
-        if root in PACKAGES and PACKAGES.index(root) < PACKAGES.index(package):
+        leftward = root in PACKAGES and PACKAGES.index(root) < PACKAGES.index(package)
+        if leftward:
             broken.append(f"{path} imports {name}, which is to its left in {' -> '.join(PACKAGES)}")
         task = rest.partition(".")[0]
         if (root, package) == ("tasks", "tasks") and (ROOT / "tasks" / task).is_dir() and task not in (inner, "core"):
             broken.append(f"{path} imports the task {task}")
-        light = root in LIGHT or root in PACKAGES or (root == "triton" and not needed)
-        if package in ("kernels", "backbones") and not light:
+        light = root in LIGHT or leftward or (root == "triton" and not needed)
+        if package in LIGHT_PACKAGES and not light:
             broken.append(f"{path} imports {root}; torch, timm and (lazily) triton are enough here")
     return broken
 
@@ -65,6 +67,8 @@ def test_imports_point_one_way(path):
         ("tasks/detection/data.py", "from ..segmentation import data", "imports the task segmentation"),
         ("kernels/op.py", "import triton", "imports triton"),
         ("backbones/lit.py", "def f():\n    import lightning", "imports lightning"),
+        ("benchmarks/backbones.py", "import tasks.core.cli", "imports tasks; torch"),
+        ("tasks/core/cli.py", "import benchmarks", "imports benchmarks, which is to its left"),
     ],
 )
 def test_a_wrong_import_is_noticed(path, source, message):
