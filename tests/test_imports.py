@@ -1,4 +1,4 @@
-"""Imports point one way: tasks -> efficiency -> backbones -> kernels; these two and benchmarks need only timm."""
+"""Imports point one way: tasks -> efficiency -> backbones -> kernels. The last two, and benchmarks, need only timm."""
 
 import ast
 import subprocess
