@@ -108,7 +108,7 @@ def _list(options: argparse.Namespace) -> None:
 def _profile(options: argparse.Namespace) -> None:
     device = _device(options.device)
     model, size = _model_for(options.name, options.size)
-    images = torch.randn(options.batch, model.pretrained_cfg["input_size"][0], *size)  # type: ignore[index]
+    images = torch.randn(options.batch, 3, *size)
     cost = profile(model.to(device).eval(), images.to(device), options.train, _Progress())
     setting = {
         "model": options.name,

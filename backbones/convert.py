@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import torch
 from safetensors.torch import save_file
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from backbones.checkpoint import CheckpointError, LoadReport, first_names, read_state_dict
 from backbones.features import create, create_features
-from backbones.published import CLASSIFICATION, PUBLISHED
+from backbones.lit_stages import Flavour
+from backbones.published import PUBLISHED
 
 SUFFIXES = (".safetensors", ".pth")
 DENSE_PREFIX = "backbone."  # of detectors and segmentation networks
@@ -74,8 +76,8 @@ def _candidates(state_dict: Mapping[str, Tensor], model: str | None) -> Iterator
                 yield name, create(name, num_classes=len(classifier)).state_dict()
                 continue
             yield name, create(name, num_classes=0).state_dict()
-            for flavour in PUBLISHED[name].layouts if name in PUBLISHED else ():
-                if flavour != CLASSIFICATION:
+            for flavour in get_args(Flavour):
+                if name in PUBLISHED and flavour in PUBLISHED[name].layouts:
                     yield f"{name} {flavour}", create_features(name, flavour=flavour).state_dict()
 
 

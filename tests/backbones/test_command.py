@@ -168,7 +168,7 @@ def test_convert_takes_the_backbone_of_a_detector(run, tmp_path):
     code, out, err = run("convert", tmp_path / "retinanet.pth", "--model", "lit_ti", "--to", target)
     assert code == 0, err
     assert out.splitlines()[-2].split() == ["left", "out", "1", "neck.weight"]
-    assert out.splitlines()[-1].strip() == "the same tensors fit lit_ti segmentation"
+    assert out.splitlines()[-1].strip() == "the same tensors fit lit_ti detection"
     assert load_file(target).keys() == backbone.keys()
 
 
