@@ -20,7 +20,7 @@ from tasks.classification.metrics import ClassificationMetrics
 from tasks.classification.network import create_classifier
 from tasks.classification.report import Case, classification_report, distinct, restored
 from tasks.classification.weights import load_weights
-from tasks.core.errors import expect
+from tasks.core.errors import UserError, expect
 from tasks.core.evaluation import Extremes
 from tasks.core.module import TaskModule
 from tasks.core.optim import OptimConfig
@@ -104,7 +104,10 @@ class Classification(TaskModule):
         )
         network: Any = self.network
         if grad_checkpointing:
-            network.set_grad_checkpointing(True)
+            try:
+                network.set_grad_checkpointing(True)
+            except (AttributeError, AssertionError):
+                raise UserError(f"model.grad_checkpointing: {backbone!r} has no gradient checkpointing") from None
         if distillation and hasattr(network, "set_distilled_training"):
             network.set_distilled_training(True)
         self.label_smoothing = label_smoothing

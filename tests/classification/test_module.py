@@ -268,6 +268,13 @@ def test_data_with_other_classes_than_the_model(tiny_digits):
         trainer.validate(classifier(5), datamodule=DigitImages(str(tiny_digits), num_workers=0))
 
 
-def test_a_network_without_stochastic_depth(fit_fails):
-    changes = {"model.init_args.backbone": "vgg11", "model.init_args.drop_path_rate": 0.1}
-    fit_fails(changes, ["model.backbone: 'vgg11' has no option 'drop_path_rate'"])
+@pytest.mark.parametrize(
+    ("option", "value", "part"),
+    [
+        ("drop_path_rate", 0.1, "model.backbone: 'vgg11' has no option 'drop_path_rate'"),
+        ("grad_checkpointing", True, "model.grad_checkpointing: 'vgg11' has no gradient checkpointing"),
+    ],
+)
+def test_what_a_network_does_not_have(option, value, part):
+    with pytest.raises(UserError, match=part):
+        classifier(backbone="vgg11", **{option: value})
