@@ -61,10 +61,7 @@ class SizeRange:
 
     def as_text(self) -> tuple[str, str]:
         """Return both as "width x height"."""
-        smallest, largest = (
-            "-" if size is None else f"{size[1]} x {size[0]}" for size in (self.smallest, self.largest)
-        )
-        return smallest, largest
+        return _as_text(self.smallest), _as_text(self.largest)
 
 
 def _as_text(size: tuple[int, int] | None) -> str:

@@ -35,7 +35,6 @@ class PredictionWriter(Callback):
         self.folder = None if folder is None else Path(folder)
         self._names: list[str] = []
         self._records: dict[str, Any] = {}
-        self._samples = 0
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Create the output folder."""
@@ -47,7 +46,7 @@ class PredictionWriter(Callback):
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{self.folder}: cannot be created ({error.strerror}); name another folder") from error
-        self._names, self._records, self._samples = [], {}, 0
+        self._names, self._records = [], {}
 
     def on_predict_batch_end(
         self,
