@@ -9,7 +9,7 @@ from timm.layers import freeze_batch_norm_2d
 from torch import Tensor, nn
 
 from backbones import lit, lit_ti, litv2
-from backbones.lit_stages import Flavour
+from backbones.staged import Flavour
 from backbones.swin import SWIN_VARIANTS, SwinFeatures
 
 PYRAMID_STRIDES = (4, 8, 16, 32)

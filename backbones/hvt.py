@@ -10,7 +10,7 @@ from timm.layers import PatchEmbed
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor
 
-from backbones.lit_stages import imagenet_cfg
+from backbones.registration import imagenet_cfg
 from backbones.token_pooling import PooledVisionTransformer, add_pooling
 
 

@@ -5,15 +5,18 @@ merging between them. LIT-Ti has an architecture of its own, in `backbones.lit_t
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from timm.layers import Mlp, to_2tuple
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from backbones.lit_stages import Flavour, LITClassifier, LITFeatures, imagenet_cfg
+from backbones.lit_stages import LITFeatures, LITStages
+from backbones.registration import build, imagenet_cfg
+from backbones.staged import Flavour, StagedClassifier
 
 # Base image of the position tables in the official code (pixels).
 DENSE_TABLE_SIZES: dict[Flavour, int] = {"segmentation": 512, "detection": 800}
@@ -74,26 +77,8 @@ def relative_index(height: int, width: int) -> Tensor:
     return (y[:, None] - y + height - 1) * (2 * width - 1) + (x[:, None] - x + width - 1)
 
 
-def _parts(
-    img_size: int | tuple[int, int],
-    patch_size: int,
-    num_heads: Sequence[int],
-    mlp_ratio: float,
-    qkv_bias: bool,
-    index_buffer: bool,
-) -> tuple[Callable[[int, int], nn.Module], Callable[[int], nn.Module]]:
-    """What makes the attention and the MLP of a block."""
-    height, width = (side // patch_size for side in to_2tuple(img_size))
-
-    def attention(stage: int, dim: int) -> nn.Module:
-        grid = (max(height >> stage, 1), max(width >> stage, 1))
-        return RelativeAttention(dim, num_heads[stage], grid, qkv_bias, index_buffer)
-
-    return attention, lambda dim: Mlp(dim, int(mlp_ratio * dim))
-
-
-class LIT(LITClassifier):
-    """LIT classifier for images (B, 3, H, W) of any size; the position tables belong to `img_size`.
+class LITTableStages(LITStages):
+    """Stages of LIT: attention with position tables that belong to an image size, and plain MLPs.
 
     Args:
         img_size: Side, or height and width, of the image whose grids the position tables have.
@@ -101,8 +86,10 @@ class LIT(LITClassifier):
         num_heads: Heads per stage.
         mlp_ratio: Hidden width of the MLPs over their dim.
         qkv_bias: Biases of the query, key and value projections.
-        **classifier: The other arguments of `LITClassifier` and `LITStages`.
+        **stages: The other arguments of `LITStages`.
     """
+
+    index_buffer: ClassVar[bool] = True  # see `RelativeAttention`
 
     def __init__(
         self,
@@ -111,38 +98,34 @@ class LIT(LITClassifier):
         num_heads: Sequence[int] = (3, 6, 12, 24),
         mlp_ratio: float = 4.0,
         qkv_bias: bool = True,
-        **classifier: Any,
+        **stages: Any,
     ) -> None:
-        attention, mlp = _parts(img_size, patch_size, num_heads, mlp_ratio, qkv_bias, index_buffer=True)
-        super().__init__(attention, mlp, patch_size=patch_size, **classifier)
+        height, width = (side // patch_size for side in to_2tuple(img_size))
+
+        def attention(stage: int, dim: int) -> nn.Module:
+            grid = (max(height >> stage, 1), max(width >> stage, 1))
+            return RelativeAttention(dim, num_heads[stage], grid, qkv_bias, self.index_buffer)
+
+        super().__init__(attention, lambda dim: Mlp(dim, int(mlp_ratio * dim)), patch_size=patch_size, **stages)
 
 
-class LITDense(LITFeatures):
+class LIT(StagedClassifier, LITTableStages):
+    """LIT classifier for images (B, 3, H, W) of any size; arguments are those of its two bases."""
+
+
+class LITDense(LITFeatures, LITTableStages):
     """LIT feature pyramid with the official position tables of each flavour.
 
     Args:
         flavour: ``segmentation`` or ``detection``.
         table_size: Side of the image whose grids the position tables have; None is the flavour's official one.
-        patch_size: Side of a patch.
-        num_heads: Heads per stage.
-        mlp_ratio: Hidden width of the MLPs over their dim.
-        qkv_bias: Biases of the query, key and value projections.
-        **features: The other arguments of `LITFeatures` and `LITStages`.
+        **features: The other arguments of `LITFeatures` and `LITTableStages`.
     """
 
-    def __init__(
-        self,
-        flavour: Flavour = "segmentation",
-        table_size: int | None = None,
-        patch_size: int = 4,
-        num_heads: Sequence[int] = (3, 6, 12, 24),
-        mlp_ratio: float = 4.0,
-        qkv_bias: bool = True,
-        **features: Any,
-    ) -> None:
-        size = table_size or DENSE_TABLE_SIZES[flavour]
-        attention, mlp = _parts(size, patch_size, num_heads, mlp_ratio, qkv_bias, index_buffer=False)
-        super().__init__(attention, mlp, flavour, patch_size=patch_size, **features)
+    index_buffer = False
+
+    def __init__(self, flavour: Flavour = "segmentation", table_size: int | None = None, **features: Any) -> None:
+        super().__init__(flavour, img_size=table_size or DENSE_TABLE_SIZES[flavour], **features)
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -152,18 +135,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def _dense(name: str) -> Callable[..., nn.Module]:
-    return lambda **kwargs: LITDense(**{**VARIANTS[name], **kwargs})
-
-
-DENSE_VARIANTS: dict[str, Callable[..., nn.Module]] = {name: _dense(name) for name in VARIANTS}
+DENSE_VARIANTS: dict[str, Callable[..., nn.Module]] = {
+    name: partial(LITDense, **options) for name, options in VARIANTS.items()
+}
 
 default_cfgs = generate_default_cfgs({name: imagenet_cfg() for name in VARIANTS})
 
 
 def _create(name: str, pretrained: bool, kwargs: dict[str, Any]) -> LIT:
-    feature_cfg = {"out_indices": (0, 1, 2, 3), "feature_cls": "getter"}
-    return build_model_with_cfg(LIT, name, pretrained, feature_cfg=feature_cfg, **{**VARIANTS[name], **kwargs})
+    return build(LIT, name, pretrained, **{**VARIANTS[name], **kwargs})
 
 
 @register_model

@@ -5,21 +5,23 @@ a class token in the last one. The others are in `backbones.lit`. State-dict key
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from timm.layers import Attention, Mlp, to_2tuple, trunc_normal_
-from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models import checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from backbones.deformable_merging import DeformableTokenMerging
-from backbones.lit_stages import Block, Flavour, PatchEmbedding, feature_indices, imagenet_cfg, initialise
+from backbones.lit_stages import Block, PatchEmbedding
+from backbones.registration import build, imagenet_cfg
+from backbones.staged import StagedClassifier, StagedFeatures, Stages
 
 NUM_STAGES = 4
 
 
-class LITTiStages(nn.Module):
+class LITTiStages(Stages):
     """Stages 1 to 4 at strides 4, 8, 16, 32: embedding, position embedding, blocks; attention in stages 3 and 4.
 
     Position embeddings belong to the grids of `img_size` and are resized (bilinear) to others. The last one has an
@@ -37,8 +39,8 @@ class LITTiStages(nn.Module):
         drop_path_rate: Stochastic depth of the last block; it rises linearly from 0 at the first.
     """
 
+    class_token: ClassVar[bool] = False
     cls_token: nn.Parameter | None
-    norm: nn.Module
     # Official dense code leaves a position embedding of stage 1 as it is when only the number of tokens agrees.
     resize_equal_counts = True
 
@@ -61,6 +63,7 @@ class LITTiStages(nn.Module):
                 raise ValueError(f"{name}={tuple(values)}: expected {NUM_STAGES} values, one per stage")
         self.dims = list(embed_dims)
         self.strides = [patch_size * 2**i for i in range(NUM_STAGES)]
+        self.stage_names = [f"block{stage}" for stage in range(1, NUM_STAGES + 1)]
         self.num_stages = NUM_STAGES
         self.register_parameter("cls_token", None)
         rows, columns = (side // patch_size for side in to_2tuple(img_size))
@@ -84,10 +87,12 @@ class LITTiStages(nn.Module):
             positions = torch.empty(1, height * width + (stage == NUM_STAGES), dim)
             self.register_parameter(f"pos_embed{stage}", nn.Parameter(trunc_normal_(positions, std=0.02)))
             self.add_module(f"block{stage}", blocks)
+        if self.class_token:
+            self.cls_token = nn.Parameter(trunc_normal_(torch.empty(1, 1, self.dims[-1]), std=0.02))
         self.grad_checkpointing = False
 
     def forward_stages(self, image: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Maps (B, H / s, W / s, C_s) of all stages from an image (B, C_in, H, W), and the last stage's tokens.
+        """Maps (B, H / s, W / s, C_s) of the stages for an image (B, C_in, H, W), and the last stage's tokens.
 
         The tokens (B, L, C) are those of the last map, behind the class token where there is one.
         """
@@ -126,12 +131,14 @@ class LITTiStages(nn.Module):
                 tokens = block(tokens)
         return tokens
 
-    def _prune(self, num_stages: int) -> None:
-        """Drop the stages behind the first `num_stages`."""
-        for stage in range(num_stages + 1, self.num_stages + 1):
+    def keep_stages(self, count: int) -> None:
+        """Drop the stages behind the first `count`, and the class token with the last one."""
+        for stage in range(count + 1, self.num_stages + 1):
             for name in ("patch_embed", "pos_embed", "block"):
                 delattr(self, f"{name}{stage}")
-        self.num_stages = num_stages
+        self.num_stages = count
+        if count < NUM_STAGES:
+            self.cls_token = None
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block's activations in the backward pass."""
@@ -157,146 +164,36 @@ class LITTiStages(nn.Module):
         return {"stem": stem, "blocks": blocks}
 
 
-class LITTi(LITTiStages):
-    """LIT-Ti classifier for images (B, 3, H, W) of any size of at least 32: the class token is classified.
+class LITTi(StagedClassifier, LITTiStages):
+    """LIT-Ti classifier for images (B, 3, H, W) of any size of at least 32; arguments are those of its two bases.
 
-    Args:
-        num_classes: Classes; 0 leaves the classifier out.
-        global_pool: ``token``, or an empty string for all tokens.
-        drop_rate: Dropout before the classifier.
-        **stages: The arguments of `LITTiStages`.
+    The class token is classified; features are tokens (B, 1 + L, C), the class token first.
     """
 
-    def __init__(
-        self,
-        num_classes: int = 1000,
-        global_pool: Literal["token", ""] = "token",
-        drop_rate: float = 0.0,
-        **stages: Any,
-    ) -> None:
-        super().__init__(**stages)
-        self.num_classes, self.drop_rate = num_classes, drop_rate
-        self.num_features = self.head_hidden_size = self.dims[-1]
-        self.feature_info = [
-            {"num_chs": dim, "reduction": stride, "module": f"block{stage}"}
-            for stage, (dim, stride) in enumerate(zip(self.dims, self.strides, strict=True), 1)
-        ]
-        self.cls_token = nn.Parameter(trunc_normal_(torch.empty(1, 1, self.num_features), std=0.02))
-        self.norm = nn.LayerNorm(self.num_features, eps=1e-6)
-        self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
-        self.global_pool = _checked_pool(global_pool)
-        initialise(self)
+    class_token = True
+    pooling = "token"
+    norm_eps = 1e-6
 
-    def forward_features(self, image: Tensor) -> Tensor:
-        """Normalised tokens (B, 1 + L, C) of an image (B, 3, H, W), the class token first."""
-        return self.norm(self.forward_stages(image)[1])
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Class scores (B, K) of normalised tokens; with `pre_logits` what enters the classifier, (B, C)."""
-        if self.global_pool == "token":
-            x = x[:, 0]
-        x = F.dropout(x, self.drop_rate, self.training)
-        return x if pre_logits else self.head(x)
-
-    def forward(self, image: Tensor) -> Tensor:
-        """Class scores (B, K) of an image (B, 3, H, W)."""
-        return self.forward_head(self.forward_features(image))
-
-    def forward_intermediates(
-        self,
-        image: Tensor,
-        indices: int | Sequence[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> Any:
-        """Maps of the stages `indices`, from 0 (timm): a list, or with the final tokens (the final tokens, a list).
-
-        `norm` normalises the last stage's map, `output_fmt` is ``NCHW`` or ``NHWC``; maps are without class token.
-        `stop_early` is accepted for timm's sake: a network whose later stages are not wanted has them pruned.
-        """
-        if output_fmt not in ("NCHW", "NHWC"):
-            raise ValueError(f"output_fmt={output_fmt!r}: expected 'NCHW' or 'NHWC'")
-        chosen = feature_indices(self.num_stages, indices)
-        maps, tokens = self.forward_stages(image)
-        if self.num_stages == NUM_STAGES:  # the norm is the last stage's
-            tokens = self.norm(tokens)
-            if norm:
-                maps[-1] = tokens[:, 1:].unflatten(1, maps[-1].shape[1:3])
-        features = [maps[i].permute(0, 3, 1, 2) if output_fmt == "NCHW" else maps[i] for i in chosen]
-        return features if intermediates_only else (tokens, features)
-
-    def prune_intermediate_layers(
-        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Drop the stages behind the last of `indices`, and norm and classifier where asked; return the indices."""
-        chosen = feature_indices(self.num_stages, indices)
-        self._prune(max(chosen) + 1)
-        if self.num_stages < NUM_STAGES:
-            self.cls_token = None
-        if prune_norm:
-            self.norm = nn.Identity()
-        if prune_head:
-            self.reset_classifier(0, "")
-        return chosen
-
-    def get_classifier(self) -> nn.Module:
-        """The linear classifier."""
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: Literal["token", ""] | None = None) -> None:
-        """Replace the classifier by a new one of `num_classes` (0: none)."""
-        self.num_classes = num_classes
-        if global_pool is not None:
-            self.global_pool = _checked_pool(global_pool)
-        old = next(self.parameters())
-        self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
-        initialise(self.head.to(old.device, old.dtype))
+    def pool(self, x: Tensor) -> Tensor:
+        """The class token (B, C) of tokens (B, 1 + L, C)."""
+        return x[:, 0]
 
 
-class LITTiDense(LITTiStages):
+class LITTiDense(StagedFeatures, LITTiStages):
     """LIT-Ti feature pyramid: un-normalised maps of strides 4, 8, 16, 32, for images of any size of at least 32.
 
-    Rows and columns that fill no patch are left out. ``channels`` and ``strides`` describe the returned maps.
+    Rows and columns that fill no patch are left out; both flavours are the same network.
 
     Args:
-        flavour: ``segmentation`` or ``detection``; both are the same network.
-        out_indices: Stages to return, from 0.
         official_positions: Do not resize the position embedding of stage 1 to a grid that has as many tokens in
             another shape (28 x 112 tokens at 224 pixels): the official code reads it row by row, which released weights
             saw on such images only.
-        **stages: The arguments of `LITTiStages`.
+        **features: The arguments of `StagedFeatures` and `LITTiStages`.
     """
 
-    def __init__(
-        self,
-        flavour: Flavour = "segmentation",
-        out_indices: Sequence[int] | None = None,
-        official_positions: bool = False,
-        **stages: Any,
-    ) -> None:
-        super().__init__(**stages)
-        if flavour not in ("segmentation", "detection"):
-            raise ValueError(f"flavour={flavour!r}: expected 'segmentation' or 'detection'")
+    def __init__(self, official_positions: bool = False, **features: Any) -> None:
+        super().__init__(**features)
         self.resize_equal_counts = not official_positions
-        self.out_indices = feature_indices(NUM_STAGES, out_indices)
-        # A stage behind the last returned one would be parameters without gradient.
-        self._prune(max(self.out_indices) + 1)
-        self.channels = [self.dims[i] for i in self.out_indices]
-        self.strides = [self.strides[i] for i in self.out_indices]
-        initialise(self)
-
-    def forward(self, image: Tensor) -> list[Tensor]:
-        """Map an image (B, 3, H, W) to maps (B, C_i, H // s_i, W // s_i)."""
-        maps, _ = self.forward_stages(image)
-        return [maps[i].permute(0, 3, 1, 2) for i in self.out_indices]
-
-
-def _checked_pool(global_pool: str) -> str:
-    if global_pool not in ("token", ""):
-        raise ValueError(f"global_pool={global_pool!r}: expected 'token' or ''")
-    return global_pool
 
 
 DENSE_VARIANTS: dict[str, Callable[..., nn.Module]] = {"lit_ti": LITTiDense}
@@ -307,5 +204,4 @@ default_cfgs = generate_default_cfgs({"lit_ti": imagenet_cfg(first_conv="patch_e
 @register_model
 def lit_ti(pretrained: bool = False, **kwargs: Any) -> LITTi:
     """LIT-Ti: 19 M parameters, 3.6 GMACs."""
-    feature_cfg = {"out_indices": (0, 1, 2, 3), "feature_cls": "getter"}
-    return build_model_with_cfg(LITTi, "lit_ti", pretrained, feature_cfg=feature_cfg, **kwargs)
+    return build(LITTi, "lit_ti", pretrained, **kwargs)

@@ -1,14 +1,17 @@
 """LITv2 and HiLo: "Fast Vision Transformers with HiLo Attention" (NeurIPS 2022, arXiv 2205.13213)."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from backbones.lit_stages import LITClassifier, LITFeatures, imagenet_cfg
+from backbones.lit_stages import LITFeatures, LITStages
+from backbones.registration import build, imagenet_cfg
+from backbones.staged import StagedClassifier
 
 
 class HiLo(nn.Module):
@@ -137,19 +140,8 @@ class DepthwiseConv(nn.Module):
         return self.dwconv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # channels_last in memory: no copies
 
 
-def _parts(
-    num_heads: Sequence[int], mlp_ratio: float, qkv_bias: bool, alpha: float, local_ws: Sequence[int], pad: bool
-) -> tuple[Callable[[int, int], nn.Module], Callable[[int], nn.Module]]:
-    """What makes the attention and the MLP of a block."""
-
-    def attention(stage: int, dim: int) -> nn.Module:
-        return HiLo(dim, num_heads[stage], qkv_bias, window_size=local_ws[stage], alpha=alpha, pad=pad)
-
-    return attention, lambda dim: ConvFFN(dim, int(mlp_ratio * dim))
-
-
-class LITv2(LITClassifier):
-    """LITv2 classifier for images (B, 3, H, W) of any size.
+class LITv2Stages(LITStages):
+    """Stages of LITv2: HiLo attention and convolutional MLPs.
 
     Args:
         num_heads: Heads per stage.
@@ -157,8 +149,10 @@ class LITv2(LITClassifier):
         qkv_bias: Biases of the query, key and value projections.
         alpha: Share of Lo-Fi heads.
         local_ws: Window side per stage; unused in stages without attention.
-        **classifier: The other arguments of `LITClassifier` and `LITStages`.
+        **stages: The other arguments of `LITStages`.
     """
+
+    pad: ClassVar[bool] = False  # see `HiLo`
 
     def __init__(
         self,
@@ -167,33 +161,25 @@ class LITv2(LITClassifier):
         qkv_bias: bool = True,
         alpha: float = 0.9,
         local_ws: Sequence[int] = (0, 0, 2, 1),
-        **classifier: Any,
+        **stages: Any,
     ) -> None:
-        super().__init__(*_parts(num_heads, mlp_ratio, qkv_bias, alpha, local_ws, pad=False), **classifier)
+        def attention(stage: int, dim: int) -> nn.Module:
+            return HiLo(dim, num_heads[stage], qkv_bias, window_size=local_ws[stage], alpha=alpha, pad=self.pad)
+
+        super().__init__(attention, lambda dim: ConvFFN(dim, int(mlp_ratio * dim)), **stages)
 
 
-class LITv2Dense(LITFeatures):
-    """LITv2 feature pyramid; the released "window 4" detectors have ``local_ws=(0, 0, 4, 1)``.
+class LITv2(StagedClassifier, LITv2Stages):
+    """LITv2 classifier for images (B, 3, H, W) of any size; arguments are those of its two bases."""
 
-    Args:
-        num_heads: Heads per stage.
-        mlp_ratio: Hidden width of the MLPs over their dim.
-        qkv_bias: Biases of the query, key and value projections.
-        alpha: Share of Lo-Fi heads.
-        local_ws: Window side per stage; unused in stages without attention.
-        **features: The other arguments of `LITFeatures` and `LITStages`.
+
+class LITv2Dense(LITFeatures, LITv2Stages):
+    """LITv2 feature pyramid; arguments are those of its two bases.
+
+    The released "window 4" detectors have ``local_ws=(0, 0, 4, 1)``.
     """
 
-    def __init__(
-        self,
-        num_heads: Sequence[int] = (3, 6, 12, 24),
-        mlp_ratio: float = 4.0,
-        qkv_bias: bool = True,
-        alpha: float = 0.9,
-        local_ws: Sequence[int] = (0, 0, 2, 1),
-        **features: Any,
-    ) -> None:
-        super().__init__(*_parts(num_heads, mlp_ratio, qkv_bias, alpha, local_ws, pad=True), **features)
+    pad = True
 
 
 SMALL: dict[str, Any] = {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24)}
@@ -208,11 +194,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def _dense(name: str) -> Callable[..., nn.Module]:
-    return lambda **kwargs: LITv2Dense(**{**VARIANTS[name], **kwargs})
-
-
-DENSE_VARIANTS: dict[str, Callable[..., nn.Module]] = {name: _dense(name) for name in VARIANTS}
+DENSE_VARIANTS: dict[str, Callable[..., nn.Module]] = {
+    name: partial(LITv2Dense, **options) for name, options in VARIANTS.items()
+}
 
 default_cfgs = generate_default_cfgs(
     {name: imagenet_cfg(384, crop_pct=1.0) if name.endswith("384") else imagenet_cfg() for name in VARIANTS}
@@ -220,8 +204,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create(name: str, pretrained: bool, kwargs: dict[str, Any]) -> LITv2:
-    feature_cfg = {"out_indices": (0, 1, 2, 3), "feature_cls": "getter"}
-    return build_model_with_cfg(LITv2, name, pretrained, feature_cfg=feature_cfg, **{**VARIANTS[name], **kwargs})
+    return build(LITv2, name, pretrained, **{**VARIANTS[name], **kwargs})
 
 
 @register_model
