@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import cv2
@@ -23,43 +22,16 @@ from tasks.core.optim import OptimConfig
 from tasks.core.report import Picture, ReportParts, Table
 from tasks.core.report.figures import class_bars, confusion_matrix, side_by_side, thumbnail
 from tasks.segmentation.faseg.criterion import SetCriterion, semantic_segments
-from tasks.segmentation.faseg.inference import multi_scale_scores, semantic_inference, sliding_window_scores
+from tasks.segmentation.faseg.inference import semantic_inference
 from tasks.segmentation.faseg.network import FASegNetwork
 from tasks.segmentation.faseg.transformer_decoder import HIGH_RESOLUTION_LEVEL
 from tasks.segmentation.labels import pixel_cross_entropy
 from tasks.segmentation.metrics import SegmentationMetrics, image_miou
 from tasks.segmentation.semantic_fpn import SemanticFPNNetwork
+from tasks.segmentation.views import EvaluationConfig, resize_maps, scores_of_views
 from tasks.segmentation.weights import load_weights
 
 PICTURES = 4  # best and worst images in the report, each
-
-
-@dataclass
-class EvaluationConfig:
-    """How an image becomes a map of class scores.
-
-    Args:
-        mode: `whole` image, or `slide` a window over it and average.
-        window: Height and width of the sliding window in pixels of the resized image.
-        stride: Its steps, likewise.
-        short_sides: Sizes of the shorter side for multi-scale evaluation, averaged; empty for the size given by
-            the data alone.
-        max_long_side: Bound of the longer side in multi-scale evaluation.
-        flip: In multi-scale evaluation, average with the mirrored image too.
-    """
-
-    mode: Literal["whole", "slide"] = "whole"
-    window: tuple[int, int] = (512, 512)
-    stride: tuple[int, int] = (341, 341)
-    short_sides: list[int] = field(default_factory=list)
-    max_long_side: int = 3584
-    flip: bool = True
-
-    def __post_init__(self) -> None:
-        fits = all(0 < step <= size for step, size in zip(self.stride, self.window, strict=True))
-        expect("model.evaluation.stride", self.stride, fits, f"1 to the window's {self.window}")
-        sides = [*self.short_sides, self.max_long_side]
-        expect("model.evaluation.short_sides and max_long_side", sides, min(sides) > 0, "at least 1 pixel")
 
 
 class SegmentationModule(TaskModule, abc.ABC):
@@ -99,7 +71,7 @@ class SegmentationModule(TaskModule, abc.ABC):
         """Train ids (H, W) of each uint8 image (3, h, w), at its original size; computed in float32."""
         with torch.autocast(self.device.type, enabled=False):
             if self.evaluation.short_sides or self.evaluation.mode == "slide":
-                maps: Iterator[Tensor] = map(self._augmented_scores, images, sizes)
+                maps: Iterator[Tensor] = map(self._scores_of_views, images, sizes)
             elif len({image.shape for image in images}) == 1:
                 maps = self.scores(torch.stack(images), sizes)
             else:
@@ -107,19 +79,11 @@ class SegmentationModule(TaskModule, abc.ABC):
             for scores in maps:
                 yield scores.argmax(dim=0)
 
-    def _augmented_scores(self, image: Tensor, size: tuple[int, int]) -> Tensor:
-        config = self.evaluation
-
+    def _scores_of_views(self, image: Tensor, size: tuple[int, int]) -> Tensor:
         def whole(view: Tensor) -> Tensor:
             return next(self.scores(view[None], [(view.shape[-2], view.shape[-1])]))
 
-        def slide(view: Tensor) -> Tensor:
-            return sliding_window_scores(whole, view, config.window, config.stride)
-
-        one_size = slide if config.mode == "slide" else whole
-        if config.short_sides:
-            return multi_scale_scores(one_size, image, config.short_sides, config.max_long_side, size, config.flip)
-        return F.interpolate(one_size(image)[None], size=size, mode="bilinear", align_corners=False)[0]
+        return scores_of_views(whole, image, size, self.evaluation)
 
     # -- evaluation -----------------------------------------------------------------------------------------------
 
@@ -350,7 +314,7 @@ class SemanticFPN(SegmentationModule):
         height, width = images.shape[-2:]
         padded = F.interpolate(logits, scale_factor=4, mode="bilinear", align_corners=False)[..., :height, :width]
         for image_scores, size in zip(padded, sizes, strict=True):
-            yield F.interpolate(image_scores[None], size=size, mode="bilinear", align_corners=False)[0]
+            yield resize_maps(image_scores, size)
 
 
 def _backbone(name: str, norm: Literal["frozen", "batch"], pretrained: bool, drop_path_rate: float | None) -> Any:

@@ -212,11 +212,11 @@ def test_semantic_fpn(run_cli, tiny_config, tiny_ade20k):
     ],
 )
 def test_evaluation_by_several_views(run_cli, trained, monkeypatch, function, options):
-    from tasks.segmentation import module
+    from tasks.segmentation import views
 
     calls = []
-    original = getattr(module, function)
-    monkeypatch.setattr(module, function, lambda *args: calls.append(args) or original(*args))
+    original = getattr(views, function)
+    monkeypatch.setattr(views, function, lambda *args: calls.append(args) or original(*args))
     run, config, _ = trained
     result = run_cli("validate", "-c", config, f"--model.weights={next(run.rglob('best.ckpt'))}", *options)
     assert result.code == 0

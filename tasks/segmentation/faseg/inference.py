@@ -1,19 +1,14 @@
 """From queries to label maps: semantic, panoptic and instance inference (Mask2Former, arXiv 2112.01527)."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torchvision.transforms.v2 import functional as image_ops
 
-from tasks.core.errors import expect
-from tasks.segmentation.transforms import resized_size
+from tasks.segmentation.views import resize_maps
 
 MASK_STRIDE = 4
-
-Scores = Callable[[Tensor], Tensor]
 
 
 class PanopticSegment(NamedTuple):
@@ -32,10 +27,6 @@ class Instances(NamedTuple):
     masks: Tensor  # (N, H, W) bool
 
 
-def _resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    return F.interpolate(maps[None], size=size, mode="bilinear", align_corners=False)[0]
-
-
 def class_scores(pred_logits: Tensor, pred_masks: Tensor) -> Tensor:
     """Sum over queries of class probability times mask probability.
 
@@ -48,7 +39,7 @@ def class_scores(pred_logits: Tensor, pred_masks: Tensor) -> Tensor:
 def resize_mask_logits(pred_masks: Tensor, image_size: tuple[int, int], output_size: tuple[int, int]) -> Tensor:
     """Upsample mask logits (Q, h, w) to the padded image, cut the padding off and resize to `output_size`."""
     padded = (pred_masks.shape[-2] * MASK_STRIDE, pred_masks.shape[-1] * MASK_STRIDE)
-    return _resize(_resize(pred_masks, padded)[:, : image_size[0], : image_size[1]], output_size)
+    return resize_maps(resize_maps(pred_masks, padded)[:, : image_size[0], : image_size[1]], output_size)
 
 
 def semantic_inference(
@@ -59,8 +50,8 @@ def semantic_inference(
     `image_size` is the network's input before padding. Scores are formed at the padded size, cropped, then resized.
     """
     padded = (pred_masks.shape[-2] * MASK_STRIDE, pred_masks.shape[-1] * MASK_STRIDE)
-    scores = class_scores(pred_logits, _resize(pred_masks, padded))
-    return _resize(scores[:, : image_size[0], : image_size[1]], output_size)
+    scores = class_scores(pred_logits, resize_maps(pred_masks, padded))
+    return resize_maps(scores[:, : image_size[0], : image_size[1]], output_size)
 
 
 def panoptic_inference(
@@ -122,56 +113,3 @@ def instance_inference(
     scores = scores * inside / (masks.flatten(1).sum(dim=1).to(scores.dtype) + 1e-6)
     order = scores.argsort(descending=True)
     return Instances(scores[order], classes[order], masks[order])
-
-
-def multi_scale_scores(
-    scores: Scores,
-    image: Tensor,
-    short_sides: Sequence[int],
-    max_size: int,
-    output_size: tuple[int, int],
-    flip: bool = True,
-) -> Tensor:
-    """Average the class scores of an image over sizes and, with `flip`, horizontal mirroring.
-
-    `image` is uint8 (3, H, W); `scores` maps (3, h, w) to (K, h, w). Returns (K, *output_size).
-    """
-    expect("short_sides", list(short_sides), min(short_sides, default=0) >= 1, "at least one size of at least 1 pixel")
-    total: Tensor | None = None
-    for short_side in short_sides:
-        size = resized_size(image.shape[-2], image.shape[-1], short_side, max_size)
-        resized = image_ops.resize(image, list(size), antialias=True)
-        for mirrored in (False, True) if flip else (False,):
-            view = scores(resized.flip(-1)).flip(-1) if mirrored else scores(resized)
-            view = _resize(view, output_size)
-            total = view if total is None else total + view
-    assert total is not None
-    return total / (len(short_sides) * (2 if flip else 1))
-
-
-def sliding_window_scores(scores: Scores, image: Tensor, window: tuple[int, int], stride: tuple[int, int]) -> Tensor:
-    """Average the class scores of overlapping windows; `scores` maps (3, h, w) to (K, h, w). Returns (K, H, W).
-
-    The last window of a row or column is moved back inside the image, so all have the size of `window` unless the
-    image is smaller. Raises `UserError` when strides would leave gaps.
-    """
-    for axis, (step, extent) in enumerate(zip(stride, window, strict=True)):
-        expect(f"stride[{axis}]", step, 0 < step <= extent, f"1 to {extent} (the window)")
-    height, width = image.shape[-2:]
-    total: Tensor | None = None
-    count = torch.zeros(height, width, device=image.device)
-    for top in _window_starts(height, window[0], stride[0]):
-        for left in _window_starts(width, window[1], stride[1]):
-            rows, columns = slice(top, top + window[0]), slice(left, left + window[1])
-            view = scores(image[:, rows, columns])
-            if total is None:
-                total = view.new_zeros(view.shape[0], height, width)
-            total[:, rows, columns] += view
-            count[rows, columns] += 1
-    assert total is not None
-    return total / count.to(total.dtype)
-
-
-def _window_starts(extent: int, window: int, stride: int) -> list[int]:
-    last = max(extent - window, 0)
-    return [*range(0, last, stride), last]
