@@ -124,8 +124,8 @@ class LITDense(LITFeatures, LITTableStages):
 
     index_buffer = False
 
-    def __init__(self, flavour: Flavour = "segmentation", table_size: int | None = None, **features: Any) -> None:
-        super().__init__(flavour, img_size=table_size or DENSE_TABLE_SIZES[flavour], **features)
+    def __init__(self, *, flavour: Flavour = "segmentation", table_size: int | None = None, **features: Any) -> None:
+        super().__init__(flavour=flavour, img_size=table_size or DENSE_TABLE_SIZES[flavour], **features)
 
 
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -186,8 +186,8 @@ class LITFeatures(StagedFeatures):
 
     patch_size: int
 
-    def __init__(self, flavour: Flavour = "segmentation", **features: Any) -> None:
-        super().__init__(flavour, **features)
+    def __init__(self, *, flavour: Flavour = "segmentation", **features: Any) -> None:
+        super().__init__(flavour=flavour, **features)
         for i in self.out_indices:
             if i > 0 or flavour == "segmentation":
                 self.add_module(f"norm{i}", nn.LayerNorm(self.dims[i]))

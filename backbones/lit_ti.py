@@ -191,7 +191,7 @@ class LITTiDense(StagedFeatures, LITTiStages):
         **features: The arguments of `StagedFeatures` and `LITTiStages`.
     """
 
-    def __init__(self, official_positions: bool = False, **features: Any) -> None:
+    def __init__(self, *, official_positions: bool = False, **features: Any) -> None:
         super().__init__(**features)
         self.resize_equal_counts = not official_positions
 

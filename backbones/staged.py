@@ -50,7 +50,7 @@ class StagedClassifier(Stages):
     norm_eps: ClassVar[float] = 1e-5
 
     def __init__(
-        self, num_classes: int = 1000, global_pool: str | None = None, drop_rate: float = 0.0, **stages: Any
+        self, *, num_classes: int = 1000, global_pool: str | None = None, drop_rate: float = 0.0, **stages: Any
     ) -> None:
         super().__init__(**stages)
         self.drop_rate = drop_rate
@@ -149,7 +149,7 @@ class StagedFeatures(Stages):
     """
 
     def __init__(
-        self, flavour: Flavour = "segmentation", out_indices: Sequence[int] | None = None, **stages: Any
+        self, *, flavour: Flavour = "segmentation", out_indices: Sequence[int] | None = None, **stages: Any
     ) -> None:
         super().__init__(**stages)
         if flavour not in ("segmentation", "detection"):

@@ -20,7 +20,7 @@ LIT_SIZES = {"embed_dim": 8, "depths": (1, 1, 2, 1), "num_heads": (1, 2, 4, 8), 
 TI_SIZES = {"embed_dims": (8, 12, 16, 24), "depths": (1, 1, 2, 1), "num_heads": (1, 2, 2, 3)}
 HVT_SIZES = {"patch_size": 4, "embed_dim": 24, "depth": 4, "num_heads": 2, "pool_block_width": 2}
 FAMILIES = {
-    "lit": lambda img_size=64, num_classes=7: LIT(img_size, num_classes=num_classes, **LIT_SIZES),
+    "lit": lambda img_size=64, num_classes=7: LIT(img_size=img_size, num_classes=num_classes, **LIT_SIZES),
     "litv2": lambda img_size=64, num_classes=7: LITv2(num_classes=num_classes, **LIT_SIZES),
     "lit_ti": lambda img_size=64, num_classes=7: LITTi(num_classes=num_classes, img_size=img_size, **TI_SIZES),
     "hvt": lambda img_size=64, num_classes=7: HVT(img_size, num_classes=num_classes, **HVT_SIZES),
