@@ -16,17 +16,17 @@ from torch import Tensor, nn
 
 from backbones.features import create_features
 from tasks.core.errors import UserError, expect
-from tasks.core.evaluation import Extremes, Sample
+from tasks.core.evaluation import Extremes
 from tasks.core.module import TaskModule
 from tasks.core.optim import OptimConfig
-from tasks.core.report import Picture, ReportParts, Table
-from tasks.core.report.figures import class_bars, confusion_matrix, side_by_side, thumbnail
+from tasks.core.report import ReportParts
 from tasks.segmentation.faseg.criterion import SetCriterion, semantic_segments
 from tasks.segmentation.faseg.inference import semantic_inference
 from tasks.segmentation.faseg.network import FASegNetwork
 from tasks.segmentation.faseg.transformer_decoder import HIGH_RESOLUTION_LEVEL
 from tasks.segmentation.labels import pixel_cross_entropy
 from tasks.segmentation.metrics import SegmentationMetrics, image_miou
+from tasks.segmentation.report import Case, segmentation_report, small_copies
 from tasks.segmentation.semantic_fpn import SemanticFPNNetwork
 from tasks.segmentation.views import EvaluationConfig, resize_maps, scores_of_views
 from tasks.segmentation.weights import load_weights
@@ -96,8 +96,8 @@ class SegmentationModule(TaskModule, abc.ABC):
         ):
             metrics.update(predicted, truth)
 
-            def payload(image: Tensor = image, truth: Tensor = truth, predicted: Tensor = predicted) -> Any:
-                return _small_copies(image, truth, predicted)
+            def payload(image: Tensor = image, truth: Tensor = truth, predicted: Tensor = predicted) -> Case:
+                return small_copies(image, truth, predicted)
 
             self._extremes.add(id, image_miou(predicted, truth), payload)
 
@@ -136,20 +136,7 @@ class SegmentationModule(TaskModule, abc.ABC):
         if not self._last:
             return ReportParts()
         data: Any = datamodule
-        names, palette = list(data.class_names), np.asarray(data.palette, dtype=np.uint8)
-        iou, accuracy, confusion = self._last["IoU"], self._last["Acc"], self._last["confusion"]
-        share = confusion.sum(axis=1) / max(confusion.sum(), 1)
-        rows = [
-            [name, 100 * float(iou[c]), 100 * float(accuracy[c]), 100 * float(share[c])] for c, name in enumerate(names)
-        ]
-        pictures = [
-            Picture("Per-class IoU", "", class_bars(dict(zip(names, iou.tolist(), strict=True)), "IoU")),
-            Picture("Confusion matrix", "", confusion_matrix(confusion, names)),
-        ]
-        for title, samples in (("Best images", self._last["best"]), ("Worst images", self._last["worst"])):
-            for sample in samples:
-                pictures.append(_case(title, sample, palette, names))
-        return ReportParts([Table("Classes", ["class", "IoU %", "accuracy %", "pixels %"], rows)], pictures)
+        return segmentation_report(self._last, list(data.class_names), data.palette)
 
 
 class FASeg(SegmentationModule):
@@ -322,16 +309,3 @@ def _backbone(name: str, norm: Literal["frozen", "batch"], pretrained: bool, dro
         return create_features(name, pretrained=pretrained, norm=norm, drop_path_rate=drop_path_rate)
     except (ValueError, RuntimeError) as error:  # says what is wrong with the name, or that no weights were found
         raise UserError(f"model.backbone: {error}") from error
-
-
-def _small_copies(image: Tensor, truth: Tensor, predicted: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Image (h, w, 3) and label maps, small enough to keep and of one size."""
-    truth_map, predicted_map = (thumbnail(labels.cpu().numpy().astype(np.uint8)) for labels in (truth, predicted))
-    resized = F.interpolate(image[None].float(), size=truth_map.shape, mode="bilinear", antialias=True)[0]
-    return resized.round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy(), truth_map, predicted_map
-
-
-def _case(title: str, sample: Sample, palette: np.ndarray, names: list[str]) -> Picture:
-    image, truth, predicted = sample.payload
-    caption = f"{sample.id}: mean IoU {100 * sample.score:.1f} %"
-    return Picture(title, caption, side_by_side(image, truth, predicted, palette, names))
