@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import backbones
+from backbones.machine import processor_name
 from benchmarks.plain import make_plain
 from benchmarks.timing import Clock, spread, time_in_turns
 
@@ -91,11 +91,7 @@ def table(results: dict[str, Any]) -> str:
 
 def machine(device: torch.device) -> str:
     """Device, processor and versions, in one line."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    information = Path("/proc/cpuinfo")
-    if device.type == "cpu" and information.exists():
-        models = [line for line in information.read_text().splitlines() if line.startswith("model name")]
-        name = models[0].partition(":")[2].strip() if models else name
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
     return f"{name}, torch {torch.__version__}, timm {timm.__version__}"
 
 

@@ -7,6 +7,8 @@ from statistics import median
 
 import torch
 
+from backbones.machine import time_now
+
 
 class Clock:
     """Seconds that the work of one process takes on `device`.
@@ -23,9 +25,7 @@ class Clock:
         """The time now."""
         if self.counts_processor_time:
             return time.process_time()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+        return time_now(self.device)
 
     def __str__(self) -> str:
         """What is measured."""

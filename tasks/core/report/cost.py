@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import platform
 import statistics
-import time
 from importlib import metadata
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from backbones.machine import processor_name, time_now
 from backbones.macs import COUNTED, count_macs, evaluating
 from backbones.profiling import peak_memory
 from tasks.core.report.document import Cost
@@ -75,27 +74,11 @@ def environment(device: torch.device | str = "cpu") -> dict[str, str]:
         found["device"] = torch.cuda.get_device_name(device)
         found["cuda"] = str(torch.version.cuda)
     else:
-        found["device"] = f"{device.type.upper()}, {_processor()}, {torch.get_num_threads()} threads"
+        found["device"] = f"{device.type.upper()}, {processor_name()}, {torch.get_num_threads()} threads"
     return found
 
 
 def _forward_ms(network: nn.Module, example_input: Tensor) -> float:
-    _synchronize(example_input.device)
-    start = time.perf_counter()
+    start = time_now(example_input.device)
     network(example_input)
-    _synchronize(example_input.device)
-    return (time.perf_counter() - start) * 1e3
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _processor() -> str:
-    information = Path("/proc/cpuinfo")
-    if information.exists():
-        for line in information.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    return (time_now(example_input.device) - start) * 1e3
