@@ -1,5 +1,6 @@
 """What the tests share: one thread per process, a tiny data set, the smallest configuration and the command line."""
 
+import importlib.util
 import logging
 import os
 import sys
@@ -10,6 +11,13 @@ import yaml
 
 # Tests run side by side, one process per core; subprocesses inherit this.
 os.environ["OMP_NUM_THREADS"] = "1"
+# Without a GPU Triton's kernels run in its interpreter. Triton decides on import, and so many modules import it that a
+# later place is too late.
+if importlib.util.find_spec("triton") is not None:
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
 
 NUM_SCENES = NUM_DIGITS = 13  # no multiple of the batch size
 

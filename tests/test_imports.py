@@ -46,7 +46,9 @@ def violations(path, source):
         task = rest.partition(".")[0]
         if (root, package) == ("tasks", "tasks") and (ROOT / "tasks" / task).is_dir() and task not in (inner, "core"):
             broken.append(f"{path} imports the task {task}")
-        light = root in LIGHT or leftward or (root == "triton" and not needed)
+        if needed and rest.partition(".")[0].endswith("_triton"):
+            broken.append(f"{path} imports {name}, which needs triton")
+        light = root in LIGHT or leftward or (root == "triton" and (not needed or path.stem.endswith("_triton")))
         if package in LIGHT_PACKAGES and not light:
             broken.append(f"{path} imports {root}; torch, timm and (lazily) triton are enough here")
     return broken
@@ -66,6 +68,7 @@ def test_imports_point_one_way(path):
         ("tasks/core/cli.py", "from tasks.segmentation.data import ADE20K", "imports the task segmentation"),
         ("tasks/detection/data.py", "from ..segmentation import data", "imports the task segmentation"),
         ("kernels/op.py", "import triton", "imports triton"),
+        ("kernels/op.py", "from kernels.op_triton import launch", "op_triton.launch, which needs triton"),
         ("backbones/lit.py", "def f():\n    import lightning", "imports lightning"),
         ("benchmarks/backbones.py", "import tasks.core.cli", "imports tasks; torch"),
         ("tasks/core/cli.py", "import benchmarks", "imports benchmarks, which is to its left"),
@@ -81,6 +84,8 @@ def test_a_wrong_import_is_noticed(path, source, message):
     [
         ("kernels/op.py", "try:\n    import triton\nexcept ImportError:\n    triton = None"),
         ("kernels/op.py", "def f():\n    import triton.language as tl"),
+        ("kernels/op.py", "def f():\n    from kernels.op_triton import launch"),
+        ("kernels/op_triton.py", "import triton.language as tl"),
         ("backbones/lit.py", "from kernels.dispatch import choose_path"),
         ("tasks/segmentation/data.py", "from tasks.core.data import TaskDataModule\nfrom . import sample"),
     ],
