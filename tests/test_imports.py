@@ -99,11 +99,13 @@ def test_kernels_and_backbones_run_with_torch_and_timm_alone():
 import sys
 sys.modules.update(dict.fromkeys({NOT_NEEDED!r}))  # importing one of these fails now
 import torch, backbones
+from kernels.attention import attention
 from kernels.ms_deform_attn import ms_deform_attn
 maps = backbones.create_features("resnet18")(torch.zeros(1, 3, 64, 64))
 assert [tuple(m.shape[2:]) for m in maps] == [(16, 16), (8, 8), (4, 4), (2, 2)]
 out = ms_deform_attn(torch.ones(1, 4, 2, 3), [(2, 2)], torch.full((1, 5, 2, 1, 1, 2), 0.5), torch.ones(1, 5, 2, 1, 1))
 assert torch.equal(out, torch.ones(1, 5, 6))
+assert torch.equal(attention(*torch.ones(3, 1, 2, 4, 5)), torch.ones(1, 2, 4, 5))
 assert not any(name.partition(".")[0] == "tasks" for name in sys.modules)
 """
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
