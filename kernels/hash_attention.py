@@ -1,6 +1,6 @@
 """Attention on binary codes: similarity is the inner product of the codes, so its cost is linear in the tokens.
 
-EcoFormer (arXiv 2209.09004), equations 4 to 6, with the normaliser of the official implementation. The Triton kernels
+EcoFormer (arXiv 2209.09004), with the normaliser of the official implementation. The Triton kernels
 are in `kernels/hash_attention_triton.py`, which is imported when they run.
 """
 

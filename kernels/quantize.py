@@ -1,6 +1,6 @@
 """Group-wise 8-bit quantisation with a running range, for activations kept until the backward pass.
 
-Mesa (arXiv 2111.11124), section 3. What layers do with the codes is in `kernels/quantized_layers.py`; the Triton
+Mesa (arXiv 2111.11124). What layers do with the codes is in `kernels/quantized_layers.py`; the Triton
 kernels of both are in `kernels/quantize_triton.py`, which is imported when they run.
 
 Groups: the channels of (B, C) and (B, N, C) fall into `groups` blocks of neighbours, and so do the heads of

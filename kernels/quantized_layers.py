@@ -1,6 +1,6 @@
 """Softmax, GELU and layer normalisation whose backward pass restores activations from 8 bits.
 
-Mesa (arXiv 2111.11124), section 3: the forward pass is exact, and what it keeps for backward takes one byte per number
+Mesa (arXiv 2111.11124): the forward pass is exact, and what it keeps for backward takes one byte per number
 instead of two or four. The kernels restore and differentiate in one pass; they are in `kernels/quantize_triton.py`.
 """
 
