@@ -12,12 +12,12 @@ from torch import Tensor
 
 from backbones.checkpoint import CheckpointError, LoadReport, first_names, read_state_dict
 from backbones.features import create, create_features
-from backbones.lit_stages import Flavour
+from backbones.keys import COMPUTED
 from backbones.published import PUBLISHED
+from backbones.staged import Flavour
 
 SUFFIXES = (".safetensors", ".pth")
 DENSE_PREFIX = "backbone."  # of detectors and segmentation networks
-COMPUTED = ("relative_position_index", "num_batches_tracked")  # a network has them without a file
 
 
 @dataclass(frozen=True)

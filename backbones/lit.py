@@ -15,6 +15,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from backbones.lit_stages import LITFeatures, LITStages
+from backbones.positions import relative_index
 from backbones.registration import build, imagenet_cfg
 from backbones.staged import Flavour, StagedClassifier
 
@@ -68,13 +69,6 @@ class RelativeAttention(nn.Module):
         # Entry (y1 - y2 + H - 1, x1 - x2 + W - 1) is window (y1, x1) of the table read backwards from its end.
         windows = table.unfold(1, height, 1).unfold(2, width, 1)  # (heads, y1, x1, H, W)
         return windows.flip(3, 4).reshape(self.num_heads, height * width, height * width)
-
-
-def relative_index(height: int, width: int) -> Tensor:
-    """Row of the bias table for each query and key of a grid, (L, L) int64."""
-    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    y, x = y.flatten(), x.flatten()
-    return (y[:, None] - y + height - 1) * (2 * width - 1) + (x[:, None] - x + width - 1)
 
 
 class LITTableStages(LITStages):

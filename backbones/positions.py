@@ -1,14 +1,22 @@
-"""Position tables of another image or window size, resized to those of a model as its family does it."""
+"""Position tables: their index, and those of another image or window size resized as the model's family does it."""
 
 import math
 import re
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
 from torch import Tensor, nn
 
 from backbones.token_pooling import resize_sequence
+
+
+def relative_index(height: int, width: int) -> Tensor:
+    """Row of a relative bias table for each query and key of a grid of L = height * width tokens, (L, L) int64."""
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    y, x = y.flatten(), x.flatten()
+    return (y[:, None] - y + height - 1) * (2 * width - 1) + (x[:, None] - x + width - 1)
 
 
 def resize_positions(model: nn.Module, name: str, tensor: Tensor, target: Tensor) -> Tensor:

@@ -6,11 +6,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from backbones.machine import time_now
 from backbones.macs import counting, evaluating, macs_so_far
 
 WARM_UP = 2
@@ -61,7 +63,7 @@ def profile(
     memory, memory_kind = peak_memory(images.device)
     say("timing the stages")
     with evaluating(model), torch.inference_mode():
-        passes = [_meter(model, images, rows, _clock(images.device)) for _ in range(3)]
+        passes = [_meter(model, images, rows, partial(time_now, images.device)) for _ in range(3)]
     params = {name: sum(p.numel() for p in model.get_submodule(name).parameters()) for name in rows}
     total_params = sum(p.numel() for p in model.parameters())
     params[REST] = total_params - sum(params.values())
@@ -162,7 +164,7 @@ def _watched(model: nn.Module, rows: list[str], read: Callable[[], float], meter
 
 def _time_passes(model: nn.Module, images: Tensor, train: bool, say: Callable[[str], None]) -> list[float]:
     """Seconds of each timed pass."""
-    read, seconds, start = _clock(images.device), [], time.monotonic()
+    read, seconds, start = partial(time_now, images.device), [], time.monotonic()
     step = _training_step if train else _forward_step
     with evaluating(model):
         model.train(train)
@@ -187,14 +189,3 @@ def _training_step(model: nn.Module, images: Tensor) -> None:
     outputs = output if isinstance(output, tuple | list) else [output]
     torch.stack([x.float().mean() for x in outputs]).sum().backward()
     model.zero_grad(set_to_none=True)
-
-
-def _clock(device: torch.device) -> Callable[[], float]:
-    """Seconds, read when the device has finished what it was given."""
-
-    def read() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter()
-
-    return read

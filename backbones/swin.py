@@ -14,6 +14,8 @@ from timm.layers import DropPath, Mlp, trunc_normal_
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from backbones.positions import relative_index
+
 # embed_dim, depths, num_heads, window_size
 SWIN_VARIANTS: dict[str, tuple[int, tuple[int, ...], tuple[int, ...], int]] = {
     "swin_tiny_patch4_window7_224": (96, (2, 2, 6, 2), (3, 6, 12, 24), 7),
@@ -192,7 +194,7 @@ class WindowAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window_size - 1) ** 2, num_heads))
         trunc_normal_(self.relative_position_bias_table, std=0.02)
-        self.register_buffer("relative_position_index", relative_position_index(window_size), persistent=False)
+        self.register_buffer("relative_position_index", relative_index(window_size, window_size), persistent=False)
 
     def forward(self, windows: Tensor, shift_mask: Tensor | None) -> Tensor:
         """(B * windows, N, C) to the same shape; ``shift_mask`` is (windows, N, N) or None."""
@@ -205,15 +207,6 @@ class WindowAttention(nn.Module):
             bias = (bias + shift_mask[:, None]).repeat(count // shift_mask.shape[0], 1, 1, 1)
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias.to(query.dtype))
         return self.proj(out.transpose(1, 2).reshape(count, tokens, dim))
-
-
-def relative_position_index(window_size: int) -> Tensor:
-    """Row of the bias table for every (query, key) pair of a window: (N, N) int64, N = window_size²."""
-    row, column = torch.meshgrid(torch.arange(window_size), torch.arange(window_size), indexing="ij")
-    row, column = row.flatten(), column.flatten()
-    row_offset = row[:, None] - row[None, :] + window_size - 1
-    column_offset = column[:, None] - column[None, :] + window_size - 1
-    return row_offset * (2 * window_size - 1) + column_offset
 
 
 def shifted_window_mask(height: int, width: int, window_size: int, like: Tensor) -> Tensor:

@@ -170,17 +170,52 @@ def call_cli(task, args, capture):
     return Outcome(code, out, err)
 
 
-@pytest.fixture
-def run_cli(tmp_path, monkeypatch, capsys):
-    """Runs the command line of segmentation in `tmp_path` and returns (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["frugal"])
-    return lambda *args: call_cli("segmentation", args, capsys)
+@pytest.fixture(scope="session")
+def task():
+    """The task whose commands are run; the folder of a task's tests names its own."""
+    return "segmentation"
 
 
 @pytest.fixture
-def run_classification(tmp_path, monkeypatch, capsys):
-    """Runs the command line of classification in `tmp_path` and returns (exit code, stdout, stderr)."""
+def run_cli(task, tmp_path, monkeypatch, capsys):
+    """Runs the command line of the task in `tmp_path` and returns (exit code, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["frugal"])
-    return lambda *args: call_cli("classification", args, capsys)
+    return lambda *args: call_cli(task, args, capsys)
+
+
+@pytest.fixture
+def fails(run_cli, tmp_path):
+    """Runs a command that must fail with one error, of `lines` lines, that contains `parts`, and leave no `results`."""
+
+    def run(*args, parts, lines=1, results=("*.ckpt", "report*", "*.part", "predictions")):
+        before = {path for pattern in results for path in tmp_path.rglob(pattern)}
+        result = run_cli(*args)
+        assert result.code not in (0, None)
+        assert result.err.count("error:") == 1, result.err
+        assert "Traceback" not in result.err
+        error = result.err[result.err.index("error:") :].rstrip("\n")
+        assert error.count("\n") + 1 == lines, error
+        for part in parts:
+            assert str(part) in error
+        assert {path for pattern in results for path in tmp_path.rglob(pattern)} == before
+        return error
+
+    return run
+
+
+PARSED = {}  # by name of the configuration; parsing takes a second
+
+
+@pytest.fixture
+def resolved(run_cli):
+    """The configuration `name` as the command line understands it, with every default."""
+
+    def read(name):
+        if name not in PARSED:
+            outcome = run_cli("fit", "-c", f"configs/{name}.yaml", "--print_config")
+            assert outcome.code == 0, outcome.err
+            PARSED[name] = yaml.safe_load(outcome.out)
+        return PARSED[name]
+
+    return read

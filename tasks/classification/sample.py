@@ -25,7 +25,7 @@ def write_sample(root: Path, image_size: int = 32, seed: int = 0) -> None:
 
 def draw_digit(generator: np.random.Generator, digit: np.ndarray, size: int) -> np.ndarray:
     """Draw an 8 x 8 digit in a light colour on a dark textured background; returns uint8 (size, size, 3)."""
-    coverage = average_blocks(render_digit(digit, size, angle=0.0), 3)[..., None]
+    coverage = average_blocks(render_digit(digit, size, angle=0.0))[..., None]
     background = textured_background(generator, size, size)
     colour = generator.uniform(150, 255, 3).astype(np.float32)
     return (background + coverage * (colour - background)).round().clip(0, 255).astype(np.uint8)

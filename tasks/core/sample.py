@@ -15,6 +15,8 @@ from typing import Literal
 import cv2
 import numpy as np
 
+SUPERSAMPLING = 3
+
 
 @cache
 def digit_images(split: Literal["train", "val"]) -> tuple[np.ndarray, np.ndarray]:
@@ -35,16 +37,16 @@ def digit_images(split: Literal["train", "val"]) -> tuple[np.ndarray, np.ndarray
     return (digits.images[chosen] / 16).astype(np.float32), digits.target[chosen]
 
 
-def render_digit(image: np.ndarray, size: int, angle: float, shear: float = 0.0, supersampling: int = 3) -> np.ndarray:
+def render_digit(image: np.ndarray, size: int, angle: float, shear: float = 0.0) -> np.ndarray:
     """Draw an 8 x 8 digit in a square of `size` pixels, turned by `angle` degrees; returns float32 ink in [0, 1].
 
-    The result is `supersampling` times larger than asked for, (size * supersampling, size * supersampling), so that
-    thresholding it and averaging blocks gives antialiased shapes. What turns out of the square is cut.
+    The result is `SUPERSAMPLING` times larger than asked for in both directions, so that thresholding it and
+    `average_blocks` give antialiased shapes. What turns out of the square is cut.
     """
     # Enlarging by cubic interpolation and then warping bilinearly costs a fifth of a cubic warp.
     enlarge = _cubic_weights(image.shape[0], 64)
     smooth = enlarge @ image @ enlarge.T
-    side = size * supersampling
+    side = size * SUPERSAMPLING
     cosine, sine = np.cos(np.radians(angle)), np.sin(np.radians(angle))
     matrix = side / smooth.shape[0] * np.array([[cosine, -sine + shear], [sine, cosine]])
     centre_before, centre_after = (smooth.shape[0] - 1) / 2, (side - 1) / 2
@@ -59,7 +61,7 @@ def _cubic_weights(before: int, after: int) -> np.ndarray:
     return cv2.resize(np.eye(before, dtype=np.float32), (before, after), interpolation=cv2.INTER_CUBIC)
 
 
-def average_blocks(image: np.ndarray, factor: int) -> np.ndarray:
+def average_blocks(image: np.ndarray, factor: int = SUPERSAMPLING) -> np.ndarray:
     """Shrink (H, W) by averaging `factor` x `factor` blocks."""
     height, width = image.shape[0] // factor, image.shape[1] // factor
     return cv2.resize(image.astype(np.float32), (width, height), interpolation=cv2.INTER_AREA)

@@ -68,7 +68,7 @@ def draw_scene(
         choice = int(generator.integers(len(labels)))
         side = int(generator.integers(size * 24 // 64, size * 36 // 64 + 1))
         ink = render_digit(digits[choice], side, generator.uniform(-15, 15), generator.uniform(-0.15, 0.15))
-        coverage = average_blocks(ink > INK, 3)  # (side, side), share of each pixel inside the digit
+        coverage = average_blocks(ink > INK)  # (side, side), share of each pixel inside the digit
         top, left = (int(v) for v in generator.integers(0, size - side + 1, 2))
         _paste(generator, image, annotation, coverage, int(labels[choice]) + 1, (top, left))
     return image.round().clip(0, 255).astype(np.uint8), annotation

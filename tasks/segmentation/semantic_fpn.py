@@ -32,7 +32,6 @@ class SemanticFPNNetwork(nn.Module):
         self, backbone: nn.Module, num_classes: int, fpn_dim: int = 256, dim: int = 128, dropout: float = 0.1
     ) -> None:
         super().__init__()
-        self.num_classes = num_classes
         self.preprocess = Preprocess()
         self.backbone = backbone
         channels: Sequence[int] = backbone.channels  # type: ignore[assignment]

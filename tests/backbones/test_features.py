@@ -5,7 +5,8 @@ import torch
 
 from backbones import create, create_features
 from backbones.lit_ti import LITTiDense
-from backbones.swin import SWIN_VARIANTS, SwinFeatures, relative_position_index, shifted_window_mask
+from backbones.positions import relative_index
+from backbones.swin import SWIN_VARIANTS, SwinFeatures, shifted_window_mask
 
 
 def tiny_swin(**options):
@@ -164,7 +165,7 @@ def test_swin_matcher_numbers_layers_from_the_stem():
 
 
 def test_relative_positions_of_a_window_of_two():
-    assert relative_position_index(2).tolist() == [[4, 3, 1, 0], [5, 4, 2, 1], [7, 6, 4, 3], [8, 7, 5, 4]]
+    assert relative_index(2, 2).tolist() == [[4, 3, 1, 0], [5, 4, 2, 1], [7, 6, 4, 3], [8, 7, 5, 4]]
 
 
 def test_shift_mask_separates_what_wrapped_around():

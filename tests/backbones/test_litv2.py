@@ -3,9 +3,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from backbones.lit import LIT, RelativeAttention, relative_index
+from backbones.lit import LIT, RelativeAttention
 from backbones.lit_stages import Stage
 from backbones.litv2 import ConvFFN, HiLo, LITv2, LITv2Dense
+from backbones.positions import relative_index
 
 
 def plain_attention(q, k, v, scale):

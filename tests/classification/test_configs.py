@@ -24,21 +24,6 @@ DROP_PATH = {
     "hvt_s_1_cifar100": 0.1,
 }  # fmt: skip
 FULL_TRAININGS = list(DROP_PATH)  # all but the fine-tuning at 384 pixels
-PARSED = {}  # by name of the configuration; parsing takes a second
-
-
-@pytest.fixture
-def resolved(run_classification):
-    """The configuration `name` as the command line understands it, with every default."""
-
-    def read(name):
-        if name not in PARSED:
-            outcome = run_classification("fit", "-c", f"configs/{name}.yaml", "--print_config")
-            assert outcome.code == 0, outcome.err
-            PARSED[name] = yaml.safe_load(outcome.out)
-        return PARSED[name]
-
-    return read
 
 
 def datamodule_of(config):
@@ -175,7 +160,7 @@ def write_imagenet(root):
         *((name, None, None) for name in SAMPLES),
     ],
 )
-def test_a_step_of_training_and_of_validation(name, write, network, run_classification, tmp_path):
+def test_a_step_of_training_and_of_validation(name, write, network, run_cli, tmp_path):
     """Every data set with the configuration made for it; only the network and the sizes are small."""
     root = tmp_path / "data"
     if write:
@@ -189,5 +174,5 @@ def test_a_step_of_training_and_of_validation(name, write, network, run_classifi
     else:
         small["model"] = {"init_args": {"optim": {"warmup_epochs": 0}}}
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(small))
-    outcome = run_classification("fit", "-c", f"configs/{name}.yaml", "-c", "small.yaml")
+    outcome = run_cli("fit", "-c", f"configs/{name}.yaml", "-c", "small.yaml")
     assert outcome.code == 0, outcome.err

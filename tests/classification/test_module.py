@@ -127,14 +127,14 @@ def last_report(result):
 
 
 @pytest.mark.slow
-def test_a_training_and_its_evaluation(run_classification, tiny_classifier_config, tiny_digits, tmp_path):
+def test_a_training_and_its_evaluation(run_cli, tiny_classifier_config, tiny_digits, tmp_path):
     changes = {
         "model.init_args.mixup": 0.8, "model.init_args.cutmix": 1.0, "model.init_args.label_smoothing": 0.1,
         "model.init_args.ema_decay": 0.5, "model.init_args.optim.reference_batch_size": 12,
         "data.init_args.batch_size": 5, "trainer.max_epochs": 2,
     }  # fmt: skip
     config = tiny_classifier_config(tiny_digits, changes=changes)
-    fitted = run_classification("fit", "-c", config)
+    fitted = run_cli("fit", "-c", config)
     assert fitted.code == 0, fitted.err
     assert "learning rate 4.2e-04 for a global batch of 5" in fitted.err
     report = last_report(fitted)
@@ -146,11 +146,11 @@ def test_a_training_and_its_evaluation(run_classification, tiny_classifier_confi
 
     best = run / "checkpoints" / "best.ckpt"
     for option in (f"--ckpt_path={best}", f"--model.weights={best}"):
-        again = last_report(run_classification("validate", "-c", config, option))
+        again = last_report(run_cli("validate", "-c", config, option))
         assert {name: again["metrics"][f"val/{name}"] for name in SCALARS} == {
             name: report["metrics"][f"val/{name}"] for name in SCALARS
         }
-    tested = last_report(run_classification("test", "-c", config, f"--ckpt_path={best}"))
+    tested = last_report(run_cli("test", "-c", config, f"--ckpt_path={best}"))
     assert tested["metrics"]["test/loss"] == report["metrics"]["val/loss"]  # there is no test split
 
     loaded = Classification.load_from_checkpoint(best, map_location="cpu").eval()
@@ -162,8 +162,8 @@ def test_a_training_and_its_evaluation(run_classification, tiny_classifier_confi
         assert loaded.network(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
 
 
-def test_parts_of_the_report(run_classification, tiny_classifier_config, tiny_digits):
-    report = last_report(run_classification("validate", "-c", tiny_classifier_config(tiny_digits)))
+def test_parts_of_the_report(run_cli, tiny_classifier_config, tiny_digits):
+    report = last_report(run_cli("validate", "-c", tiny_classifier_config(tiny_digits)))
     classes, pairs = report["tables"]
     assert classes["columns"] == ["class", "accuracy %", "F1 %", "images"]
     assert [row[0] for row in classes["rows"]] == [str(digit) for digit in range(10)]
@@ -217,11 +217,11 @@ def test_names_that_occur_twice_get_their_number():
 
 
 @pytest.fixture
-def fit_fails(run_classification, tiny_classifier_config, tiny_digits, tmp_path):
+def fit_fails(run_cli, tiny_classifier_config, tiny_digits, tmp_path):
     """`fit` with the small configuration, changed, must fail with one line before anything is written."""
 
     def run(changes, parts):
-        result = run_classification("fit", "-c", tiny_classifier_config(tiny_digits, changes=changes))
+        result = run_cli("fit", "-c", tiny_classifier_config(tiny_digits, changes=changes))
         assert result.code == 2, result
         error = result.err[result.err.index("error:") :].rstrip("\n")
         assert "\n" not in error

@@ -33,7 +33,7 @@ def read(path):
         return list(csv.reader(file))
 
 
-def test_predictions_of_a_folder(run_classification, tiny_classifier_config, tiny_digits, tmp_path, weights):
+def test_predictions_of_a_folder(run_cli, tiny_classifier_config, tiny_digits, tmp_path, weights):
     network = weights(10)
     folder = tmp_path / "photos"
     shutil.copytree(tiny_digits / "val", folder)
@@ -41,7 +41,7 @@ def test_predictions_of_a_folder(run_classification, tiny_classifier_config, tin
         shutil.copy(tiny_digits / "val/3/0.png", folder / name)
     config = tiny_classifier_config(tiny_digits)
     args = ["--model.weights=w.pth", f"--data.images={folder}"]
-    result = run_classification("predict", "-c", config, *args, "--output=out")
+    result = run_cli("predict", "-c", config, *args, "--output=out")
     assert result.code == 0, result.err
     assert "predictions: 1 file in out" in result.out
     assert [path.name for path in Path("out").iterdir()] == ["predictions.csv"]
@@ -64,7 +64,7 @@ def test_predictions_of_a_folder(run_classification, tiny_classifier_config, tin
     assert len({row[1] for row in rows}) > 1
 
 
-def test_fewer_than_five_classes(run_classification, tiny_classifier_config, tmp_path, weights):
+def test_fewer_than_five_classes(run_cli, tiny_classifier_config, tmp_path, weights):
     weights(3)
     for split in ("train", "val"):
         for number, name in enumerate(("cat", "dog, wet", "crane")):
@@ -75,7 +75,7 @@ def test_fewer_than_five_classes(run_classification, tiny_classifier_config, tmp
     config = tiny_classifier_config(
         tmp_path / "animals", changes={"data.class_path": "ImageFolder", "data.init_args.image_size": 32}
     )
-    result = run_classification("predict", "-c", config, "--model.weights=w.pth", "--output=out")
+    result = run_cli("predict", "-c", config, "--model.weights=w.pth", "--output=out")
     assert result.code == 0, result.err
     header, *rows = read("out/predictions.csv")
     assert header == HEADER[:7]

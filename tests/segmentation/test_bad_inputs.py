@@ -11,28 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-RESULTS = ("*.ckpt", "report*", "*.part", "predictions")
-
-
-@pytest.fixture
-def fails(run_cli, tmp_path):
-    """Runs a command that must fail with one error, of `lines` lines, that contains `parts`, and leave no results."""
-
-    def run(*args, parts, lines=1):
-        before = {path for pattern in RESULTS for path in tmp_path.rglob(pattern)}
-        result = run_cli(*args)
-        assert result.code not in (0, None)
-        assert result.err.count("error:") == 1, result.err
-        assert "Traceback" not in result.err
-        error = result.err[result.err.index("error:") :].rstrip("\n")
-        assert error.count("\n") + 1 == lines, error
-        for part in parts:
-            assert str(part) in error
-        assert {path for pattern in RESULTS for path in tmp_path.rglob(pattern)} == before
-        return error
-
-    return run
-
 
 @pytest.fixture
 def fit_fails(fails, tiny_config, tiny_ade20k, tmp_path):

@@ -1,7 +1,4 @@
-"""Every configuration of segmentation, through the real command line: what it builds, its recipe, its published score.
-
-Those of classification have their own file, `classification/test_configs.py`.
-"""
+"""Every configuration of segmentation, through the real command line: what it builds, its recipe and its score."""
 
 import json
 import os
@@ -21,7 +18,7 @@ from tasks.segmentation import data as datamodules
 from tasks.segmentation import module as modules
 from tasks.segmentation.weights import official_key_table
 
-HERE = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 LISTED = {config.name: config for config in find_configs(CONFIGS, PACKAGE) if config.task == "segmentation"}
 ADE20K_512 = {
     "train_short_sides": [256, 307, 358, 409, 460, 512, 563, 614, 665, 716, 768, 819, 870, 921, 972, 1024],
@@ -55,23 +52,6 @@ RECIPES = {
 }
 SEMANTIC_FPN = [name for name in RECIPES if name.startswith("semantic_fpn")]
 MASK_CLASSIFICATION = [name for name in RECIPES if name not in SEMANTIC_FPN]
-
-
-PARSED = {}  # by name of the configuration; parsing takes a second
-
-
-@pytest.fixture
-def resolved(run_cli):
-    """The configuration `name` as the command line understands it, with every default."""
-
-    def read(name):
-        if name not in PARSED:
-            outcome = run_cli("fit", "-c", f"configs/{name}.yaml", "--print_config")
-            assert outcome.code == 0, outcome.err
-            PARSED[name] = yaml.safe_load(outcome.out)
-        return PARSED[name]
-
-    return read
 
 
 def datamodule_of(config):
@@ -178,7 +158,7 @@ def test_training_recipe_of_semantic_fpn(name, resolved):
     [("faseg", "ade20k_r50"), ("faseg_swin_t", "ade20k_swin_tiny"), ("faseg_cityscapes", "cityscapes_r50")],
 )
 def test_learning_rate_and_decay_of_every_parameter_are_official(name, official, resolved):
-    roots = [HERE / "goldens", *map(Path, filter(None, os.environ.get("FRUGAL_GOLDENS", "").split(":")))]
+    roots = [TESTS / "goldens", *map(Path, filter(None, os.environ.get("FRUGAL_GOLDENS", "").split(":")))]
     lists = [path for root in roots if (path := root / "faseg" / "keys" / f"optim_{official}.json").exists()]
     if not lists:
         pytest.skip(f"optim_{official}.json is in no folder of FRUGAL_GOLDENS")
