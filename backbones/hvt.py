@@ -10,6 +10,7 @@ from timm.layers import PatchEmbed
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor
 
+from backbones.attention import GlobalAttention
 from backbones.registration import imagenet_cfg
 from backbones.token_pooling import PooledVisionTransformer, add_pooling
 
@@ -58,6 +59,7 @@ class HVT(PooledVisionTransformer):
             fc_norm=False,  # the norm comes before the mean over the tokens
             dynamic_img_size=True,
             embed_layer=FlooringPatchEmbed,
+            attn_layer=GlobalAttention,
         )
         if pool_block_width:
             add_pooling(self, pool_block_width, pool_kernel_size, stride=2)

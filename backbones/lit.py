@@ -18,6 +18,7 @@ from backbones.lit_stages import LITFeatures, LITStages
 from backbones.positions import relative_index
 from backbones.registration import build, imagenet_cfg
 from backbones.staged import Flavour, StagedClassifier
+from kernels.attention import attention
 
 # Base image of the position tables in the official code (pixels).
 DENSE_TABLE_SIZES: dict[Flavour, int] = {"segmentation": 512, "detection": 800}
@@ -56,7 +57,7 @@ class RelativeAttention(nn.Module):
         batch, height, width, dim = x.shape
         qkv = self.qkv(x).view(batch, height * width, 3, self.num_heads, dim // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, L, d)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias(height, width).to(q.dtype))
+        x = attention(q, k, v, bias=self.bias(height, width)[None])
         return self.proj(x.transpose(1, 2).reshape(batch, height, width, dim))
 
     def bias(self, height: int, width: int) -> Tensor:
@@ -96,11 +97,11 @@ class LITTableStages(LITStages):
     ) -> None:
         height, width = (side // patch_size for side in to_2tuple(img_size))
 
-        def attention(stage: int, dim: int) -> nn.Module:
+        def attention_of(stage: int, dim: int) -> nn.Module:
             grid = (max(height >> stage, 1), max(width >> stage, 1))
             return RelativeAttention(dim, num_heads[stage], grid, qkv_bias, self.index_buffer)
 
-        super().__init__(attention, lambda dim: Mlp(dim, int(mlp_ratio * dim)), patch_size=patch_size, **stages)
+        super().__init__(attention_of, lambda dim: Mlp(dim, int(mlp_ratio * dim)), patch_size=patch_size, **stages)
 
 
 class LIT(StagedClassifier, LITTableStages):

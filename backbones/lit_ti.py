@@ -9,10 +9,11 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention, Mlp, to_2tuple, trunc_normal_
+from timm.layers import Mlp, to_2tuple, trunc_normal_
 from timm.models import checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from backbones.attention import GlobalAttention
 from backbones.deformable_merging import DeformableTokenMerging
 from backbones.lit_stages import Block, PatchEmbedding
 from backbones.registration import build, imagenet_cfg
@@ -77,7 +78,7 @@ class LITTiStages(Stages):
             )
             blocks = nn.ModuleList()
             for _ in range(depths[stage - 1]):
-                attention = Attention(dim, num_heads[stage - 1], qkv_bias=qkv_bias) if stage >= 3 else None
+                attention = GlobalAttention(dim, num_heads[stage - 1], qkv_bias=qkv_bias) if stage >= 3 else None
                 blocks.append(Block(dim, attention, Mlp(dim, int(mlp_ratios[stage - 1] * dim)), next(rates)))
             for module in blocks.modules():
                 if isinstance(module, nn.LayerNorm):
