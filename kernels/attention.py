@@ -1,4 +1,4 @@
-"""Attention with an additive bias and a key padding mask: softmax(q kᵀ · scale + bias) v.
+"""Attention with an additive bias and a mask: softmax(q kᵀ · scale + bias) v.
 
 "Attention Is All You Need" (arXiv 1706.03762), equation 1. The kernels, in `kernels/attention_triton.py`, follow
 FlashAttention-2 (arXiv 2307.08691): the scores never reach memory, only their log-sum-exp per query. Every gradient,
@@ -9,10 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.dispatch import choose_path
+from kernels.dispatch import KERNEL_DTYPES, cast_for_autocast, choose_path
 
 MAX_HEAD_DIM = 128
-KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def attention(
@@ -20,33 +19,38 @@ def attention(
     k: Tensor,
     v: Tensor,
     bias: Tensor | None = None,
-    key_padding_mask: Tensor | None = None,
+    mask: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """Attend from every query to every key.
+    """Attend from every query to every key that it may see.
 
     `q` is (B, H, Lq, d), `k` (B, H, Lk, d) and `v` (B, H, Lk, dv), of one floating dtype and with any strides: views of
     a packed projection are not copied. `bias` is (1 or B, 1 or H, Lq, Lk) in any floating dtype, -inf where a query may
-    not see a key. `key_padding_mask` is (B, Lk) bool, True where a key is ignored. `scale` defaults to d ** -0.5.
+    not see a key. `mask` is (1 or B, 1 or H, 1 or Lq, Lk) bool, True where a key is not seen; of key padding (B, Lk) it
+    is `padding[:, None, None]`. `scale` defaults to d ** -0.5.
     Returns (B, H, Lq, dv) in the dtype of `q`, laid out so that `transpose(1, 2).flatten(2)` is free after the kernels.
-    A query whose keys are all masked gets zeros, and gives no gradient. The kernels are not twice differentiable.
+    A query that sees no key gets zeros, and gives no gradient. The kernels are not twice differentiable. Under autocast
+    `q`, `k` and `v` are cast to its dtype first.
 
     The kernels take float32, float16 and bfloat16 and d and dv up to 128; everything else runs in PyTorch, even when
     `FRUGAL_KERNELS=triton`. Raises `ValueError` for shapes or devices that do not fit and `TypeError` for dtypes.
     """
-    _check_arguments(q, k, v, bias, key_padding_mask)
+    q, k, v = cast_for_autocast(q, k, v)
+    _check_arguments(q, k, v, bias, mask)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     fits = q.dtype in KERNEL_DTYPES and max(q.shape[-1], v.shape[-1]) <= MAX_HEAD_DIM
     if fits and choose_path("attention", q, has_triton=True) == "triton":
-        output: Tensor = torch.ops.frugal.attention(q, k, v, bias, key_padding_mask, scale)[0]
+        output: Tensor = torch.ops.frugal.attention(q, k, v, bias, mask, scale)[0]
         return output
-    # Away from the CPU the backends disagree about queries without a key.
-    if key_padding_mask is None or q.device.type == "cpu":
-        return _attention_sdpa(q, k, v, bias, key_padding_mask, scale)
-    return attention_reference(q, k, v, bias, key_padding_mask, scale)
+    # PyTorch's own drops the bias from the graph of empty tensors, and away from the CPU its backends disagree about
+    # queries without a key.
+    empty = q.numel() == 0 or k.numel() == 0
+    if not empty and (mask is None or q.device.type == "cpu"):
+        return _attention_sdpa(q, k, v, bias, mask, scale)
+    return attention_reference(q, k, v, bias, mask, scale)
 
 
-def _check_arguments(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, key_padding_mask: Tensor | None) -> None:
+def _check_arguments(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None) -> None:
     for name, tensor, layout in (("q", q, "(B, H, Lq, d)"), ("k", k, "(B, H, Lk, d)"), ("v", v, "(B, H, Lk, dv)")):
         if tensor.ndim != 4:
             raise ValueError(f"attention: {name} has shape {tuple(tensor.shape)}, expected {layout}")
@@ -62,19 +66,21 @@ def _check_arguments(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, key_p
     if bias is not None:
         if not bias.is_floating_point():
             raise TypeError(f"attention: bias is {bias.dtype}, expected a floating dtype")
-        allowed = ({1, batch}, {1, num_heads}, {q_length}, {k.shape[2]})
-        if bias.ndim != 4 or any(size not in sizes for size, sizes in zip(bias.shape, allowed, strict=True)):
-            expected_bias = f"(1 or {batch}, 1 or {num_heads}, {q_length}, {k.shape[2]})"
-            raise ValueError(f"attention: bias has shape {tuple(bias.shape)}, expected {expected_bias}")
-    if key_padding_mask is not None:
-        if key_padding_mask.dtype != torch.bool:
-            raise TypeError(f"attention: key_padding_mask is {key_padding_mask.dtype}, expected torch.bool")
-        if key_padding_mask.shape != (batch, k.shape[2]):
-            shape = tuple(key_padding_mask.shape)
-            raise ValueError(f"attention: key_padding_mask has shape {shape}, expected {(batch, k.shape[2])}")
-    for name, other in (("k", k), ("v", v), ("bias", bias), ("key_padding_mask", key_padding_mask)):
+        _check_scores_shape("bias", bias, ((1, batch), (1, num_heads), (q_length,), (k.shape[2],)))
+    if mask is not None:
+        if mask.dtype != torch.bool:
+            raise TypeError(f"attention: mask is {mask.dtype}, expected torch.bool")
+        _check_scores_shape("mask", mask, ((1, batch), (1, num_heads), (1, q_length), (k.shape[2],)))
+    for name, other in (("k", k), ("v", v), ("bias", bias), ("mask", mask)):
         if other is not None and other.device != q.device:
             raise ValueError(f"attention: {name} is on {other.device}, but q is on {q.device}")
+
+
+def _check_scores_shape(name: str, tensor: Tensor, sizes: tuple[tuple[int, ...], ...]) -> None:
+    """Raise `ValueError` unless every size of `tensor` is among the `sizes` of its dimension."""
+    if tensor.ndim != 4 or any(size not in allowed for size, allowed in zip(tensor.shape, sizes, strict=True)):
+        expected = ", ".join(" or ".join(map(str, allowed)) for allowed in sizes)
+        raise ValueError(f"attention: {name} has shape {tuple(tensor.shape)}, expected ({expected})")
 
 
 def attention_reference(
@@ -82,29 +88,26 @@ def attention_reference(
     k: Tensor,
     v: Tensor,
     bias: Tensor | None = None,
-    key_padding_mask: Tensor | None = None,
+    mask: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
     """Compute `attention` as it is written; differentiable in `q`, `k`, `v` and `bias`."""
     scores = q @ k.transpose(-2, -1) * (q.shape[-1] ** -0.5 if scale is None else scale)  # (B, H, Lq, Lk)
     if bias is not None:
         scores = scores + bias
-    if key_padding_mask is not None:
-        scores = scores.masked_fill(key_padding_mask[:, None, None, :], -torch.inf)
+    if mask is not None:
+        scores = scores.masked_fill(mask, -torch.inf)
     without_key = (scores == -torch.inf).all(-1, keepdim=True)
     weights = scores.masked_fill(without_key, 0).softmax(-1).masked_fill(without_key, 0)
     return weights.to(v.dtype) @ v
 
 
-def _attention_sdpa(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, key_padding_mask: Tensor | None, scale: float
-) -> Tensor:
+def _attention_sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float) -> Tensor:
     """Compute `attention` with PyTorch's own."""
-    mask = None if bias is None else bias.to(q.dtype)
-    if key_padding_mask is not None:
-        ignored = key_padding_mask[:, None, None, :]
-        mask = ~ignored if mask is None else mask.masked_fill(ignored, -torch.inf)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    added = None if bias is None else bias.to(q.dtype)
+    if mask is not None:
+        added = ~mask if added is None else added.masked_fill(mask, -torch.inf)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=added, scale=scale)
 
 
 def _empty_heads_inside(like: Tensor, batch: int, num_heads: int, length: int, dim: int) -> Tensor:
@@ -129,19 +132,19 @@ def _empty_gradients(
 
 @torch.library.custom_op("frugal::attention", mutates_args=())
 def _attention_op(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, key_padding_mask: Tensor | None, scale: float
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Return the output and, for the backward pass only, the log-sum-exp of the scores, (B, H, Lq) float32."""
     from kernels.attention_triton import launch_forward
 
     output, lse = _empty_outputs(q, v)
-    launch_forward(q, k, v, bias, key_padding_mask, scale, output, lse)
+    launch_forward(q, k, v, bias, mask, scale, output, lse)
     return output, lse
 
 
 @_attention_op.register_fake
 def _attention_fake(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, key_padding_mask: Tensor | None, scale: float
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     return _empty_outputs(q, v)
 
@@ -153,7 +156,7 @@ def _attention_backward_op(
     k: Tensor,
     v: Tensor,
     bias: Tensor | None,
-    key_padding_mask: Tensor | None,
+    mask: Tensor | None,
     scale: float,
     output: Tensor,
     lse: Tensor,
@@ -163,7 +166,7 @@ def _attention_backward_op(
     from kernels.attention_triton import launch_backward
 
     gradients = _empty_gradients(q, k, v, bias, bias_gradient)
-    launch_backward(doutput, q, k, v, bias, key_padding_mask, scale, output, lse, *gradients)
+    launch_backward(doutput, q, k, v, bias, mask, scale, output, lse, *gradients)
     return gradients
 
 
@@ -174,7 +177,7 @@ def _attention_backward_fake(
     k: Tensor,
     v: Tensor,
     bias: Tensor | None,
-    key_padding_mask: Tensor | None,
+    mask: Tensor | None,
     scale: float,
     output: Tensor,
     lse: Tensor,
@@ -184,16 +187,16 @@ def _attention_backward_fake(
 
 
 def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]  # noqa: ANN001
-    q, k, v, bias, key_padding_mask, ctx.scale = inputs
+    q, k, v, bias, mask, ctx.scale = inputs
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(q, k, v, bias, key_padding_mask, *output)
+    ctx.save_for_backward(q, k, v, bias, mask, *output)
 
 
 def _differentiate(ctx, doutput, dlse):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
-    q, k, v, bias, key_padding_mask, output, lse = ctx.saved_tensors
+    q, k, v, bias, mask, output, lse = ctx.saved_tensors
     bias_gradient = ctx.needs_input_grad[3]
     dq, dk, dv, dbias = torch.ops.frugal.attention_backward(
-        doutput, q, k, v, bias, key_padding_mask, ctx.scale, output, lse, bias_gradient
+        doutput, q, k, v, bias, mask, ctx.scale, output, lse, bias_gradient
     )
     return dq, dk, dv, dbias if bias_gradient else None, None, None
 

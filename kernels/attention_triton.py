@@ -30,7 +30,7 @@ def _autotune(*tiles: tuple[int, int, int, int]) -> Any:
     ]
     if os.environ.get("TRITON_INTERPRET") == "1":
         configs = configs[:1]
-    key = ["q_class", "k_class", "HEAD_DIM", "V_DIM", "HAS_BIAS", "HAS_MASK"]
+    key = ["q_class", "k_class", "HEAD_DIM", "V_DIM", "HAS_BIAS", "MASK"]
     return triton.autotune(configs=configs, key=key, cache_results=True)
 
 
@@ -53,19 +53,23 @@ def _store_rows(base, rows, dims, row_stride, dim_stride, row_ok, tile, DIM: tl.
 
 
 @triton.jit
-def _visible_keys(mask_base, cols, mask_stride, col_ok, HAS_MASK: tl.constexpr):
-    """Return which of the keys `cols` exist and are not padding."""
-    if HAS_MASK:
-        col_ok = col_ok & (tl.load(mask_base + cols * mask_stride, mask=col_ok, other=1) == 0)
+def _visible_keys(mask_base, cols, mask_sk, col_ok, MASK: tl.constexpr):
+    """Return which of the keys `cols` exist and, if all queries share a row of the mask, are seen."""
+    if MASK == 1:
+        col_ok = col_ok & (tl.load(mask_base + cols * mask_sk, mask=col_ok, other=1) == 0)
     return col_ok
 
 
 @triton.jit
-def _scores(product, score_scale, bias_pointers, tile_ok, visible, HAS_BIAS: tl.constexpr):
+def _scores(
+    product, score_scale, bias_pointers, mask_pointers, tile_ok, visible, HAS_BIAS: tl.constexpr, MASK: tl.constexpr
+):
     """Turn products of queries and keys into scores, in base 2 without a bias; -inf where a key is not visible."""
     scores = product * score_scale
     if HAS_BIAS:
         scores += tl.load(bias_pointers, mask=tile_ok, other=0.0).to(tl.float32)
+    if MASK == 2:
+        visible = visible & (tl.load(mask_pointers, mask=tile_ok, other=1) == 0)
     return tl.where(visible, scores, -float("inf"))
 
 
@@ -81,10 +85,10 @@ def _exponential(scores, HAS_BIAS: tl.constexpr):
 def attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, bias_ptr, mask_ptr, out_ptr, lse_ptr,
     q_sb, q_sh, q_sl, q_sd, k_sb, k_sh, k_sl, k_sd, v_sb, v_sh, v_sl, v_sd,
-    bias_sb, bias_sh, bias_sq, bias_sk, mask_sb, mask_sl, out_sb, out_sh, out_sl, out_sd,
+    bias_sb, bias_sh, bias_sq, bias_sk, mask_sb, mask_sh, mask_sq, mask_sk, out_sb, out_sh, out_sl, out_sd,
     num_heads, q_length, k_length, score_scale, q_class, k_class,
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M queries of one head, over all keys."""
@@ -100,12 +104,8 @@ def attention_fwd_kernel(
     q = _load_rows(q_base, rows, dims, q_sl, q_sd, row_ok, HEAD_DIM, BLOCK_D)
     k_base = k_ptr + image * k_sb + head * k_sh
     v_base = v_ptr + image * v_sb + head * v_sh
-    bias_base = bias_ptr
-    mask_base = mask_ptr
-    if HAS_BIAS:
-        bias_base += image * bias_sb + head * bias_sh + start_m * bias_sq
-    if HAS_MASK:
-        mask_base += image * mask_sb
+    bias_base = bias_ptr + image * bias_sb + head * bias_sh + start_m * bias_sq
+    mask_base = mask_ptr + image * mask_sb + head * mask_sh + start_m * mask_sq
 
     top = tl.full([BLOCK_M], -float("inf"), tl.float32)  # running maximum
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -114,12 +114,11 @@ def attention_fwd_kernel(
         col_ok = start_n + cols < k_length
         k = _load_rows(k_base, cols, dims, k_sl, k_sd, col_ok, HEAD_DIM, BLOCK_D)
         product = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [M, N]
-        visible = _visible_keys(mask_base, cols, mask_sl, col_ok, HAS_MASK)[None, :]
-        bias_pointers = bias_base
-        if HAS_BIAS:
-            bias_pointers = bias_base + rows[:, None] * bias_sq + cols[None, :] * bias_sk
+        visible = _visible_keys(mask_base, cols, mask_sk, col_ok, MASK)[None, :]
+        bias_pointers = bias_base + rows[:, None] * bias_sq + cols[None, :] * bias_sk
+        mask_pointers = mask_base + rows[:, None] * mask_sq + cols[None, :] * mask_sk
         tile_ok = row_ok[:, None] & col_ok[None, :]
-        scores = _scores(product, score_scale, bias_pointers, tile_ok, visible, HAS_BIAS)
+        scores = _scores(product, score_scale, bias_pointers, mask_pointers, tile_ok, visible, HAS_BIAS, MASK)
         new_top = tl.maximum(top, tl.max(scores, 1))
         shift = tl.where(new_top == -float("inf"), 0.0, new_top)  # no visible key so far
         weights = _exponential(scores - shift[:, None], HAS_BIAS)
@@ -130,10 +129,8 @@ def attention_fwd_kernel(
         top = new_top
         k_base += BLOCK_N * k_sl
         v_base += BLOCK_N * v_sl
-        if HAS_BIAS:
-            bias_base += BLOCK_N * bias_sk
-        if HAS_MASK:
-            mask_base += BLOCK_N * mask_sl
+        bias_base += BLOCK_N * bias_sk
+        mask_base += BLOCK_N * mask_sk
 
     seen = total > 0
     safe_total = tl.where(seen, total, 1.0)
@@ -150,11 +147,11 @@ def attention_fwd_kernel(
 def attention_bwd_q_kernel(
     q_ptr, k_ptr, v_ptr, bias_ptr, mask_ptr, out_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr,
     q_sb, q_sh, q_sl, q_sd, k_sb, k_sh, k_sl, k_sd, v_sb, v_sh, v_sl, v_sd,
-    bias_sb, bias_sh, bias_sq, bias_sk, mask_sb, mask_sl, out_sb, out_sh, out_sl, out_sd,
+    bias_sb, bias_sh, bias_sq, bias_sk, mask_sb, mask_sh, mask_sq, mask_sk, out_sb, out_sh, out_sl, out_sd,
     dout_sb, dout_sh, dout_sl, dout_sd, dq_sb, dq_sh, dq_sl, dq_sd,
     num_heads, q_length, k_length, scale, score_scale, q_class, k_class,
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: the gradient of BLOCK_M queries of one head, and delta, their rows of sum(doutput * output)."""
@@ -178,12 +175,8 @@ def attention_bwd_q_kernel(
     tl.store(delta_ptr + row_offsets, delta, mask=row_ok)
     k_base = k_ptr + image * k_sb + head * k_sh
     v_base = v_ptr + image * v_sb + head * v_sh
-    bias_base = bias_ptr
-    mask_base = mask_ptr
-    if HAS_BIAS:
-        bias_base += image * bias_sb + head * bias_sh + start_m * bias_sq
-    if HAS_MASK:
-        mask_base += image * mask_sb
+    bias_base = bias_ptr + image * bias_sb + head * bias_sh + start_m * bias_sq
+    mask_base = mask_ptr + image * mask_sb + head * mask_sh + start_m * mask_sq
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for start_n in range(0, k_length, BLOCK_N):
@@ -191,22 +184,19 @@ def attention_bwd_q_kernel(
         k = _load_rows(k_base, cols, dims, k_sl, k_sd, col_ok, HEAD_DIM, BLOCK_D)
         v = _load_rows(v_base, cols, v_dims, v_sl, v_sd, col_ok, V_DIM, BLOCK_DV)
         product = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [M, N]
-        visible = _visible_keys(mask_base, cols, mask_sl, col_ok, HAS_MASK)[None, :]
-        bias_pointers = bias_base
-        if HAS_BIAS:
-            bias_pointers = bias_base + rows[:, None] * bias_sq + cols[None, :] * bias_sk
+        visible = _visible_keys(mask_base, cols, mask_sk, col_ok, MASK)[None, :]
+        bias_pointers = bias_base + rows[:, None] * bias_sq + cols[None, :] * bias_sk
+        mask_pointers = mask_base + rows[:, None] * mask_sq + cols[None, :] * mask_sk
         tile_ok = row_ok[:, None] & col_ok[None, :]
-        scores = _scores(product, score_scale, bias_pointers, tile_ok, visible, HAS_BIAS)
+        scores = _scores(product, score_scale, bias_pointers, mask_pointers, tile_ok, visible, HAS_BIAS, MASK)
         weights = _exponential(scores - lse[:, None], HAS_BIAS)
         dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
         dscores = weights * (dweights - delta[:, None])
         dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision=PRECISION)
         k_base += BLOCK_N * k_sl
         v_base += BLOCK_N * v_sl
-        if HAS_BIAS:
-            bias_base += BLOCK_N * bias_sk
-        if HAS_MASK:
-            mask_base += BLOCK_N * mask_sl
+        bias_base += BLOCK_N * bias_sk
+        mask_base += BLOCK_N * mask_sk
 
     dq_base = dq_ptr + image * dq_sb + head * dq_sh + start_m * dq_sl
     _store_rows(dq_base, rows, dims, dq_sl, dq_sd, row_ok, dq * scale, HEAD_DIM, BLOCK_D)
@@ -217,11 +207,11 @@ def attention_bwd_q_kernel(
 def attention_bwd_kv_kernel(
     q_ptr, k_ptr, v_ptr, bias_ptr, mask_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
     q_sb, q_sh, q_sl, q_sd, k_sb, k_sh, k_sl, k_sd, v_sb, v_sh, v_sl, v_sd,
-    bias_sb, bias_sh, bias_sq, bias_sk, mask_sb, mask_sl, dout_sb, dout_sh, dout_sl, dout_sd,
+    bias_sb, bias_sh, bias_sq, bias_sk, mask_sb, mask_sh, mask_sq, mask_sk, dout_sb, dout_sh, dout_sl, dout_sd,
     dk_sb, dk_sh, dk_sl, dk_sd, dv_sb, dv_sh, dv_sl, dv_sd,
     num_heads, q_length, k_length, scale, score_scale, q_class, k_class,
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: the gradients of BLOCK_N keys and values of one head; tiles are transposed, [N, M]."""
@@ -237,16 +227,12 @@ def attention_bwd_kv_kernel(
     k = _load_rows(k_base, cols, dims, k_sl, k_sd, col_ok, HEAD_DIM, BLOCK_D)
     v_base = v_ptr + image * v_sb + head * v_sh + start_n * v_sl
     v = _load_rows(v_base, cols, v_dims, v_sl, v_sd, col_ok, V_DIM, BLOCK_DV)
-    mask_base = mask_ptr
-    if HAS_MASK:
-        mask_base += image * mask_sb + start_n * mask_sl
-    visible = _visible_keys(mask_base, cols, mask_sl, col_ok, HAS_MASK)[:, None]
+    mask_base = mask_ptr + image * mask_sb + head * mask_sh + start_n * mask_sk
+    visible = _visible_keys(mask_base, cols, mask_sk, col_ok, MASK)[:, None]
     q_base = q_ptr + image * q_sb + head * q_sh
     dout_base = dout_ptr + image * dout_sb + head * dout_sh
     row_base = image_head * q_length
-    bias_base = bias_ptr
-    if HAS_BIAS:
-        bias_base += image * bias_sb + head * bias_sh + start_n * bias_sk
+    bias_base = bias_ptr + image * bias_sb + head * bias_sh + start_n * bias_sk
 
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
@@ -257,11 +243,10 @@ def attention_bwd_kv_kernel(
         lse = tl.load(lse_ptr + row_base + start_m + rows, mask=row_ok, other=float("inf"))
         delta = tl.load(delta_ptr + row_base + start_m + rows, mask=row_ok, other=0.0)
         product = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [N, M]
-        bias_pointers = bias_base
-        if HAS_BIAS:
-            bias_pointers = bias_base + rows[None, :] * bias_sq + cols[:, None] * bias_sk
+        bias_pointers = bias_base + rows[None, :] * bias_sq + cols[:, None] * bias_sk
+        mask_pointers = mask_base + rows[None, :] * mask_sq + cols[:, None] * mask_sk
         tile_ok = row_ok[None, :] & col_ok[:, None]
-        scores = _scores(product, score_scale, bias_pointers, tile_ok, visible, HAS_BIAS)
+        scores = _scores(product, score_scale, bias_pointers, mask_pointers, tile_ok, visible, HAS_BIAS, MASK)
         weights = _exponential(scores - lse[None, :], HAS_BIAS)
         dv = tl.dot(weights.to(dout.dtype), dout, dv, input_precision=PRECISION)
         dweights = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
@@ -269,8 +254,8 @@ def attention_bwd_kv_kernel(
         dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision=PRECISION)
         q_base += BLOCK_M * q_sl
         dout_base += BLOCK_M * dout_sl
-        if HAS_BIAS:
-            bias_base += BLOCK_M * bias_sq
+        bias_base += BLOCK_M * bias_sq
+        mask_base += BLOCK_M * mask_sq
 
     dk_base = dk_ptr + image * dk_sb + head * dk_sh + start_n * dk_sl
     _store_rows(dk_base, cols, dims, dk_sl, dk_sd, col_ok, dk * scale, HEAD_DIM, BLOCK_D)
@@ -283,11 +268,11 @@ def attention_bwd_kv_kernel(
 def attention_bwd_bias_kernel(
     q_ptr, k_ptr, v_ptr, bias_ptr, mask_ptr, dout_ptr, lse_ptr, delta_ptr, dbias_ptr,
     q_sb, q_sh, q_sl, q_sd, k_sb, k_sh, k_sl, k_sd, v_sb, v_sh, v_sl, v_sd,
-    bias_sb, bias_sh, bias_sq, bias_sk, mask_sb, mask_sl, dout_sb, dout_sh, dout_sl, dout_sd,
+    bias_sb, bias_sh, bias_sq, bias_sk, mask_sb, mask_sh, mask_sq, mask_sk, dout_sb, dout_sh, dout_sl, dout_sd,
     bias_batch, bias_heads, images_summed, heads_summed, num_splits,
     num_heads, q_length, k_length, score_scale, q_class, k_class,
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: a tile of the bias gradient, summed over one split of the images and heads that share the bias.
@@ -317,11 +302,10 @@ def attention_bwd_bias_kernel(
         k_base = k_ptr + image * k_sb + head * k_sh + start_n * k_sl
         k = _load_rows(k_base, cols, dims, k_sl, k_sd, col_ok, HEAD_DIM, BLOCK_D)
         product = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [M, N]
-        mask_base = mask_ptr
-        if HAS_MASK:
-            mask_base += image * mask_sb + start_n * mask_sl
-        visible = _visible_keys(mask_base, cols, mask_sl, col_ok, HAS_MASK)[None, :]
-        scores = _scores(product, score_scale, bias_pointers, tile_ok, visible, HAS_BIAS)
+        mask_base = mask_ptr + image * mask_sb + head * mask_sh + start_m * mask_sq + start_n * mask_sk
+        visible = _visible_keys(mask_base, cols, mask_sk, col_ok, MASK)[None, :]
+        mask_pointers = mask_base + rows[:, None] * mask_sq + cols[None, :] * mask_sk
+        scores = _scores(product, score_scale, bias_pointers, mask_pointers, tile_ok, visible, HAS_BIAS, MASK)
         row_offsets = (image * num_heads + head) * q_length + start_m + rows
         lse = tl.load(lse_ptr + row_offsets, mask=row_ok, other=float("inf"))
         delta = tl.load(delta_ptr + row_offsets, mask=row_ok, other=0.0)
@@ -338,23 +322,25 @@ def attention_bwd_bias_kernel(
     tl.store(pointers, dbias.to(dbias_ptr.dtype.element_ty), mask=tile_ok)
 
 
-def _strides(tensor: Tensor | None, ndim: int) -> tuple[int, ...]:
-    """Strides of a tensor, zero along broadcast dimensions."""
-    if tensor is None:
-        return (0,) * ndim
-    return tuple(0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+def _broadcast_strides(name: str, tensor: Tensor | None) -> dict[str, int]:
+    """Strides of a bias or mask by name, zero along broadcast dimensions."""
+    sizes, strides = ((1,) * 4, (0,) * 4) if tensor is None else (tensor.shape, tensor.stride())
+    return {
+        f"{name}_s{dim}": 0 if size == 1 else stride for dim, size, stride in zip("bhqk", sizes, strides, strict=True)
+    }
 
 
-def _common(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, key_padding_mask: Tensor | None, scale: float
-) -> dict[str, Any]:
+def _common(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float) -> dict[str, Any]:
     """Return the arguments that all kernels take, by name."""
-    arguments: dict[str, Any] = {"q_ptr": q, "k_ptr": k, "v_ptr": v, "bias_ptr": bias}
-    arguments["mask_ptr"] = None if key_padding_mask is None else key_padding_mask.view(torch.uint8)
+    arguments: dict[str, Any] = {"q_ptr": q, "k_ptr": k, "v_ptr": v}
+    # A pointer to what does not exist is not read.
+    arguments["bias_ptr"] = q if bias is None else bias
+    arguments["mask_ptr"] = q if mask is None else mask.view(torch.uint8)
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         arguments |= _strides_of(name, tensor)
-    arguments |= dict(zip(("bias_sb", "bias_sh", "bias_sq", "bias_sk"), _strides(bias, 4), strict=True))
-    arguments |= dict(zip(("mask_sb", "mask_sl"), _strides(key_padding_mask, 2), strict=True))
+    arguments |= _broadcast_strides("bias", bias) | _broadcast_strides("mask", mask)
+    # no mask, a row for all queries, or a row for each
+    mask_kind = 0 if mask is None else 1 if arguments["mask_sq"] == 0 else 2
     (num_heads, q_length, head_dim), (k_length, v_dim) = q.shape[1:], v.shape[2:]
     allow_tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return arguments | {
@@ -363,7 +349,7 @@ def _common(
         "q_class": max(16, triton.next_power_of_2(q_length)), "k_class": max(16, triton.next_power_of_2(k_length)),
         "HEAD_DIM": head_dim, "V_DIM": v_dim,
         "BLOCK_D": max(16, triton.next_power_of_2(head_dim)), "BLOCK_DV": max(16, triton.next_power_of_2(v_dim)),
-        "HAS_BIAS": bias is not None, "HAS_MASK": key_padding_mask is not None,
+        "HAS_BIAS": bias is not None, "MASK": mask_kind,
         "PRECISION": "tf32" if allow_tf32 else "ieee",
     }  # fmt: skip
 
@@ -377,7 +363,7 @@ def launch_forward(
     k: Tensor,
     v: Tensor,
     bias: Tensor | None,
-    key_padding_mask: Tensor | None,
+    mask: Tensor | None,
     scale: float,
     output: Tensor,
     lse: Tensor,
@@ -388,7 +374,7 @@ def launch_forward(
     batch, num_heads, q_length, _ = q.shape
     with torch.cuda.device_of(q):
         attention_fwd_kernel[lambda meta: (batch * num_heads * triton.cdiv(q_length, meta["BLOCK_M"]),)](
-            **_common(q, k, v, bias, key_padding_mask, scale),
+            **_common(q, k, v, bias, mask, scale),
             **_strides_of("out", output),
             out_ptr=output,
             lse_ptr=lse,
@@ -401,7 +387,7 @@ def launch_backward(
     k: Tensor,
     v: Tensor,
     bias: Tensor | None,
-    key_padding_mask: Tensor | None,
+    mask: Tensor | None,
     scale: float,
     output: Tensor,
     lse: Tensor,
@@ -418,7 +404,7 @@ def launch_backward(
             gradient.zero_()
         return
     delta = torch.empty_like(lse)
-    common = _common(q, k, v, bias, key_padding_mask, scale) | _strides_of("dout", doutput)
+    common = _common(q, k, v, bias, mask, scale) | _strides_of("dout", doutput)
     common |= {"dout_ptr": doutput, "lse_ptr": lse, "delta_ptr": delta}
     with torch.cuda.device_of(q):
         attention_bwd_q_kernel[lambda meta: (batch * num_heads * triton.cdiv(q_length, meta["BLOCK_M"]),)](

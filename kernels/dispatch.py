@@ -1,10 +1,13 @@
-"""Which implementation of an operation runs: PyTorch reference or Triton kernel."""
+"""Which implementation of an operation runs, PyTorch reference or Triton kernel, and in which dtype."""
 
 import importlib.util
 import os
 from typing import Literal
 
+import torch
 from torch import Tensor
+
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 Implementation = Literal["reference", "triton"]
 
@@ -32,3 +35,15 @@ def choose_path(op: str, tensor: Tensor, *, has_triton: bool) -> Implementation:
     if not runnable:
         raise RuntimeError(f"FRUGAL_KERNELS=triton, but {op} got a {tensor.device.type} tensor: expected cuda")
     return "triton"
+
+
+def cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return `tensors` in the dtype of `torch.autocast` where it is on for their device, else as they are.
+
+    As for `scaled_dot_product_attention`, float64 and integers stay what they are.
+    """
+    device = tensors[0].device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(tensor.to(dtype) if tensor.dtype in KERNEL_DTYPES else tensor for tensor in tensors)

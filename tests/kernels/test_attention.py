@@ -12,7 +12,7 @@ BIAS_KERNELS = KERNELS | {"attention_bwd_bias_kernel"}
 
 
 def inputs(batch=2, num_heads=2, q_length=5, k_length=7, head_dim=16, v_dim=None, bias=None, mask=None, seed=0):
-    """Tensors by name; `bias` is (batch, heads) of the bias, `mask` the share of keys that are ignored."""
+    """Tensors by name; `bias` is (batch, heads) of the bias, `mask` (batch, heads, rows) of the mask."""
     generator = torch.Generator().manual_seed(seed)
     draw = functools.partial(torch.randn, generator=generator)
     return {
@@ -20,7 +20,7 @@ def inputs(batch=2, num_heads=2, q_length=5, k_length=7, head_dim=16, v_dim=None
         "k": draw(batch, num_heads, k_length, head_dim),
         "v": draw(batch, num_heads, k_length, v_dim or head_dim),
         "bias": None if bias is None else draw(*bias, q_length, k_length),
-        "key_padding_mask": None if mask is None else torch.rand(batch, k_length, generator=generator) < mask,
+        "mask": None if mask is None else torch.rand(*mask, k_length, generator=generator) < 0.3,
     }
 
 
@@ -31,10 +31,14 @@ CASES = {
     "odd_lengths": {"q_length": 63, "k_length": 100, "head_dim": 20},
     "reduced_keys": {"q_length": 100, "k_length": 25, "head_dim": 60, "v_dim": 36},
     "bias_of_heads": {"q_length": 49, "k_length": 49, "head_dim": 32, "bias": (1, 2)},
-    "bias_of_images_and_mask": {"q_length": 17, "k_length": 63, "head_dim": 20, "bias": (2, 1), "mask": 0.3},
-    "full_bias": {"batch": 1, "q_length": 40, "k_length": 33, "bias": (1, 2), "mask": 0.2},
+    "bias_of_images_and_mask": {"q_length": 17, "k_length": 63, "head_dim": 20, "bias": (2, 1), "mask": (2, 1, 1)},
+    "full_bias": {"batch": 1, "q_length": 40, "k_length": 33, "bias": (1, 2), "mask": (1, 2, 1)},
     "one_bias": {"batch": 3, "q_length": 35, "k_length": 34, "bias": (1, 1)},
-    "mask": {"q_length": 34, "k_length": 70, "head_dim": 60, "mask": 0.5},
+    "mask_of_keys": {"q_length": 34, "k_length": 70, "head_dim": 60, "mask": (2, 1, 1)},
+    "mask_of_images": {"q_length": 34, "k_length": 70, "head_dim": 20, "mask": (2, 1, 34)},
+    "mask_of_heads_and_bias": {"q_length": 63, "k_length": 40, "mask": (1, 2, 63), "bias": (1, 2)},
+    "full_mask_and_one_bias": {"q_length": 33, "k_length": 35, "mask": (2, 2, 33), "bias": (1, 1)},
+    "one_key_masked": {"q_length": 33, "k_length": 1, "mask": (1, 1, 33)},
     "largest_heads": {"batch": 1, "num_heads": 1, "q_length": 33, "k_length": 40, "head_dim": 128, "v_dim": 100},
     "small_heads": {"q_length": 9, "k_length": 8, "head_dim": 3, "v_dim": 1},
 }
@@ -52,16 +56,19 @@ def test_kernels_equal_the_reference(name, dtype):
 
 @pytest.mark.usefixtures("kernels_required")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_views_of_a_packed_projection(dtype):
+@pytest.mark.parametrize("rows", [False, True], ids=["mask_of_keys", "mask_of_pairs"])
+def test_views_of_a_packed_projection(rows, dtype):
     # (B, N, 3, H, d), the output of qkv; keys and values of another length are strided rows of it
     packed = torch.randn(2, 45, 3, 2, 20, generator=torch.Generator().manual_seed(3))
     bias = torch.randn(45, 2, 23, generator=torch.Generator().manual_seed(4))
-    mask = torch.rand(23, 2, generator=torch.Generator().manual_seed(5)) < 0.3
+    generator = torch.Generator().manual_seed(5)
+    mask = torch.rand((46, 90, 2) if rows else (23, 2), generator=generator) < 0.3
 
     def attend(function, packed, bias, mask):
         q, k, v = packed.permute(2, 0, 3, 1, 4)
         k, v = k[:, :, ::2], v[:, :, ::2].mT.contiguous().mT
-        return function(q, k, v, bias.permute(1, 0, 2)[None], mask.T, 0.3).transpose(1, 2)
+        mask = mask[::2, ::2].permute(2, 1, 0)[:, None] if rows else mask.T[:, None, None]
+        return function(q, k, v, bias.permute(1, 0, 2)[None], mask, 0.3).transpose(1, 2)
 
     kernel, reference = (functools.partial(attend, function) for function in (attention, attention_reference))
     check_kernels(kernel, reference, {"packed": packed, "bias": bias, "mask": mask}, dtype, launches=BIAS_KERNELS)
@@ -77,22 +84,40 @@ def test_views_are_not_copied(monkeypatch):
     assert output.transpose(1, 2).is_contiguous()
 
 
-@pytest.mark.parametrize("setting", ["triton", "reference"])
-@pytest.mark.parametrize("with_bias", [False, True])
-def test_queries_without_a_key_get_zeros_and_give_no_gradient(setting, with_bias, kernels_required, monkeypatch):
+@pytest.mark.parametrize(
+    ("setting", "dtype"),
+    [("triton", torch.float32), *(("reference", t) for t in (torch.float32, torch.float16, torch.bfloat16))],
+    ids=str,
+)
+@pytest.mark.parametrize("bias", [None, (1, 2)], ids=str)
+@pytest.mark.parametrize("hidden_by", ["mask of keys", "mask of pairs", "bias"])
+def test_queries_without_a_key_get_zeros_and_give_no_gradient(
+    hidden_by, bias, dtype, setting, kernels_required, monkeypatch
+):
     monkeypatch.setenv("FRUGAL_KERNELS", setting)
-    tensors = inputs(q_length=35, k_length=40, bias=(1, 2) if with_bias else None, mask=0.1)
-    tensors = {name: tensor.to(DEVICE) for name, tensor in tensors.items() if tensor is not None}
-    tensors["key_padding_mask"][1] = True
-    leaves = [tensor.requires_grad_() for name, tensor in tensors.items() if name != "key_padding_mask"]
-    output = attention(**tensors)
-    assert bool((output[1] == 0).all())
-    assert bool((output[0] != 0).any())
-    gradients = torch.autograd.grad(output.square().sum() + output.sum(), leaves)
+    rows = 1 if hidden_by == "mask of keys" else 35
+    tensors = inputs(q_length=35, k_length=40, bias=bias, mask=(2, 1, rows))
+    hidden = tensors["mask"].to(DEVICE)
+    hidden[1, :, -20:] = True  # the only row of a mask of keys
+    hidden[..., 3] = True
+    if hidden_by == "bias":
+        tensors["bias"] = torch.zeros(2, 1, 35, 40).masked_fill(hidden.cpu(), -torch.inf)
+        tensors["mask"] = None
+    leaves = {
+        name: t.to(DEVICE, dtype).requires_grad_() for name, t in tensors.items() if t is not None and name != "mask"
+    }
+    output = attention(**leaves, mask=None if hidden_by == "bias" else hidden)
+    without_key = hidden.all(-1).expand(2, 2, 35)
+    assert bool(without_key.any())
+    assert torch.equal((output == 0).all(-1), without_key)
+    gradients = torch.autograd.grad(output.float().square().sum() + output.sum(), list(leaves.values()))
     assert all(bool(gradient.isfinite().all()) for gradient in gradients)
-    assert all(bool((gradient[1] == 0).all()) for gradient in gradients[:3])
-    masked = tensors["key_padding_mask"][0]
-    assert all(bool((gradient[0, :, masked] == 0).all()) for gradient in gradients[1:3])
+    dq, dk, dv = gradients[:3]
+    assert torch.equal((dq == 0).all(-1), without_key)
+    never_seen = hidden.all(-2).expand(2, 2, 40)
+    assert bool(never_seen.any())
+    for gradient in (dk, dv):
+        assert torch.equal((gradient == 0).all(-1), never_seen)
 
 
 @pytest.mark.usefixtures("kernels_required")
@@ -147,12 +172,20 @@ def test_expanded_output_gradient():
     torch.testing.assert_close(gradients, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.usefixtures("kernels_required")
+@pytest.mark.parametrize("setting", ["triton", "reference"])
 @pytest.mark.parametrize(
-    "sizes", [{"batch": 0, "bias": (1, 2)}, {"q_length": 0}, {"k_length": 0, "bias": (2, 2)}], ids=str
+    "sizes",
+    [
+        {"batch": 0, "bias": (1, 2)},
+        {"q_length": 0, "mask": (1, 1, 0)},
+        {"k_length": 0},
+        {"k_length": 0, "bias": (2, 2), "mask": (2, 1, 5)},
+    ],
+    ids=str,
 )
-def test_empty_tensors(sizes):
-    launches = FORWARD if "k_length" in sizes else set()
+def test_empty_tensors(sizes, setting, kernels_required, monkeypatch):
+    monkeypatch.setenv("FRUGAL_KERNELS", setting)
+    launches = FORWARD if "k_length" in sizes and setting == "triton" else set()
     check_kernels(attention, attention_reference, inputs(**sizes), torch.float32, launches=launches)
 
 
@@ -164,8 +197,8 @@ def test_repeats_bit_by_bit():
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
 
-def operator_arguments(requires_grad):
-    tensors = {name: t if t is None else t.to(DEVICE) for name, t in inputs(bias=(1, 2), mask=0.3).items()}
+def operator_arguments(requires_grad, mask=(2, 1, 1)):
+    tensors = {name: t if t is None else t.to(DEVICE) for name, t in inputs(bias=(1, 2), mask=mask).items()}
     for name in ("q", "k", "v", "bias"):
         tensors[name].requires_grad_(requires_grad)
     return (*tensors.values(), 0.25)
@@ -177,6 +210,7 @@ def test_operators_are_well_defined():
     torch.library.opcheck(torch.ops.frugal.attention, arguments)
     q, k, v = arguments[:3]
     torch.library.opcheck(torch.ops.frugal.attention, (q, k, v, None, None, 0.25))
+    torch.library.opcheck(torch.ops.frugal.attention, operator_arguments(requires_grad=True, mask=(1, 2, 5)))
     arguments = operator_arguments(requires_grad=False)
     output, lse = torch.ops.frugal.attention(*arguments)
     for bias_gradient in (True, False):
@@ -196,24 +230,25 @@ def test_compiles_to_one_graph():
 
 def test_definition():
     """The reference, one query and one key at a time."""
-    tensors = inputs(q_length=3, k_length=4, head_dim=5, v_dim=2, bias=(1, 2), mask=0.3)
+    tensors = inputs(q_length=3, k_length=4, head_dim=5, v_dim=2, bias=(1, 2), mask=(1, 2, 3))
     q, k, v, bias, mask = (tensor.double() if tensor.is_floating_point() else tensor for tensor in tensors.values())
     expected = torch.zeros(2, 2, 3, 2, dtype=torch.float64)
     for b, h, i in torch.cartesian_prod(torch.arange(2), torch.arange(2), torch.arange(3)).tolist():
-        seen = [j for j in range(4) if not mask[b, j]]
+        seen = [j for j in range(4) if not mask[0, h, i, j]]
         weights = torch.stack([(0.7 * (q[b, h, i] * k[b, h, j]).sum() + bias[0, h, i, j]).exp() for j in seen])
+        assert seen
         expected[b, h, i] = sum(w * v[b, h, j] for w, j in zip(weights / weights.sum(), seen, strict=True))
     output = attention_reference(q, k, v, bias, mask, 0.7)
     torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("function", [attention, attention_reference])
-@pytest.mark.parametrize("mask", [None, 0.3])
+@pytest.mark.parametrize("mask", [None, (2, 1, 1), (2, 1, 5)], ids=str)
 @pytest.mark.parametrize("bias", [None, (1, 2), (2, 1)], ids=str)
 def test_reference_gradients(function, bias, mask):
     tensors = {name: t for name, t in inputs(k_length=4, head_dim=3, bias=bias, mask=mask).items() if t is not None}
     if mask is not None:
-        tensors["key_padding_mask"][1] = True
+        tensors["mask"][1, :, -1:] = True
     leaves = {name: t.double().requires_grad_() for name, t in tensors.items() if t.is_floating_point()}
     fixed = {name: t for name, t in tensors.items() if not t.is_floating_point()}
     call = lambda *values: function(**dict(zip(leaves, values, strict=True)), **fixed)  # noqa: E731
@@ -232,7 +267,7 @@ def test_what_the_kernels_do_not_take_runs_in_pytorch(change, kernels_required):
 
 
 @pytest.mark.parametrize("bias", [None, (1, 2)], ids=str)
-@pytest.mark.parametrize("mask", [None, 0.3])
+@pytest.mark.parametrize("mask", [None, (2, 1, 1), (1, 2, 5), (2, 2, 5)], ids=str)
 def test_pytorch_path_equals_the_reference(bias, mask, monkeypatch):
     monkeypatch.setenv("FRUGAL_KERNELS", "reference")
     tensors = inputs(bias=bias, mask=mask)
@@ -253,13 +288,14 @@ def test_pytorch_path_equals_the_reference(bias, mask, monkeypatch):
         ({"bias": lambda b: b[0]}, ValueError, r"bias has shape \(2, 5, 7\), expected \(1 or 2, 1 or 2, 5, 7\)"),
         ({"bias": lambda b: b[..., :1]}, ValueError, r"bias has shape \(1, 2, 5, 1\), expected"),
         ({"bias": lambda b: b > 0}, TypeError, "bias is torch.bool, expected a floating dtype"),
-        ({"key_padding_mask": lambda m: m[:1]}, ValueError, r"has shape \(1, 7\), expected \(2, 7\)"),
-        ({"key_padding_mask": lambda m: m.float()}, TypeError, "is torch.float32, expected torch.bool"),
+        ({"mask": lambda m: m[:, 0]}, ValueError, r"\(2, 5, 7\), expected \(1 or 2, 1 or 2, 1 or 5, 7\)"),
+        ({"mask": lambda m: m[:, :, 1:]}, ValueError, r"mask has shape \(2, 1, 4, 7\), expected"),
+        ({"mask": lambda m: m.float()}, TypeError, "mask is torch.float32, expected torch.bool"),
         ({"k": lambda k: k.to("meta")}, ValueError, "k is on meta, but q is on cpu"),
     ],
 )
 def test_bad_arguments(change, error, message):
-    tensors = inputs(bias=(1, 2), mask=0.3)
+    tensors = inputs(bias=(1, 2), mask=(2, 1, 5))
     tensors |= {name: edit(tensors[name]) for name, edit in change.items()}
     with pytest.raises(error, match=message):
         attention(**tensors)
