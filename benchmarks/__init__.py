@@ -1,1 +1,1 @@
-"""Measurements beside peers: ``python -m benchmarks backbones``. Needs torch, torchvision and timm only."""
+"""Measurements beside peers: ``python -m benchmarks {backbones,kernels}``. Needs torch, torchvision and timm only."""

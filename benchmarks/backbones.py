@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 import backbones
 from backbones.machine import processor_name
+from benchmarks.files import write_atomically
 from benchmarks.plain import make_plain
 from benchmarks.timing import Clock, spread, time_in_turns
 
@@ -60,9 +60,7 @@ def run(arguments: argparse.Namespace) -> None:
                 results[what][name]["peak_memory_mb"] = _peak_memory(candidate, device)
     print(table(results))
     if arguments.output is not None:
-        temporary = arguments.output.with_name(arguments.output.name + ".part")
-        temporary.write_text(json.dumps(results, indent=2) + "\n")
-        os.replace(temporary, arguments.output)
+        write_atomically(arguments.output, json.dumps(results, indent=2) + "\n")
 
 
 def table(results: dict[str, Any]) -> str:
