@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
@@ -47,3 +48,9 @@ def cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(tensor.to(dtype) if tensor.dtype in KERNEL_DTYPES else tensor for tensor in tensors)
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
+    """Return a context in which `torch.autocast` leaves functions of tensors on the device of `tensor` alone."""
+    device = tensor.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()

@@ -7,7 +7,7 @@ are in `kernels/hash_attention_triton.py`, which is imported when they run.
 import torch
 from torch import Tensor
 
-from kernels.dispatch import choose_path
+from kernels.dispatch import cast_for_autocast, choose_path, without_autocast
 
 MAX_BITS, MAX_HEAD_DIM = 64, 128  # a tile of the kernels holds them whole
 
@@ -20,11 +20,13 @@ def hash_attention(codes: Tensor, value: Tensor) -> Tensor:
     (sum_j (h_i h_j) v_j + c v_i) / (sum_j (h_i h_j) + N c), shape (B, heads, N, d) in the dtype of `value`, with the
     heads next to each other in memory: `transpose(1, 2).flatten(2)` copies nothing when the kernels ran. As in the
     official code, which published weights need, the shift meets only the token's own value in the numerator, so rows of
-    weights do not add up to 1. Half precision is computed in float32. Gradients are those for real-valued codes: a
-    straight-through sign before this operation passes them on.
+    weights do not add up to 1. Half precision is computed in float32; under autocast both tensors are cast
+    to its dtype first. Gradients are those for real-valued codes: a straight-through sign before this operation passes
+    them on.
     Runs in Triton up to 64 bits and head dimension 128; larger ones and float64 take PyTorch.
     Raises `ValueError` when shapes or devices do not fit and `TypeError` when a tensor is not floating point.
     """
+    codes, value = cast_for_autocast(codes, value)
     _check_arguments(codes, value)
     fits = codes.shape[-1] <= MAX_BITS and value.shape[-1] <= MAX_HEAD_DIM
     fits = fits and torch.float64 not in (codes.dtype, value.dtype)
@@ -54,10 +56,11 @@ def hash_attention_reference(codes: Tensor, value: Tensor) -> Tensor:
     """Compute `hash_attention` in its linear form: first all values by code, then every token reads them."""
     h, v = _at_least_float32(codes), _at_least_float32(value)
     shift, num_tokens = codes.shape[-1] + 1, codes.shape[-2]
-    context = h.transpose(-2, -1) @ v  # (B, heads, bits, d)
-    total = h.sum(-2, keepdim=True)  # (B, heads, 1, bits)
-    denominator = (h * total).sum(-1, keepdim=True) + num_tokens * shift
-    return ((h @ context + shift * v) / denominator).to(value.dtype)
+    with without_autocast(value):  # sums over all tokens would overflow float16
+        context = h.transpose(-2, -1) @ v  # (B, heads, bits, d)
+        total = h.sum(-2, keepdim=True)  # (B, heads, 1, bits)
+        denominator = (h * total).sum(-1, keepdim=True) + num_tokens * shift
+        return ((h @ context + shift * v) / denominator).to(value.dtype)
 
 
 def hash_attention_quadratic(codes: Tensor, value: Tensor) -> Tensor:

@@ -24,8 +24,9 @@ def ms_deform_attn(
     `sampling_locations` is (B, Lq, heads, levels, points, 2), (x, y) in [0, 1] with 0 and 1 at the outer pixel edges;
     samples outside are zero. `attention_weights` is (B, Lq, heads, levels, points). Returns (B, Lq, heads * d) in the
     dtype of `value`; bilinear weights are computed in the dtype of `sampling_locations` when that is wider, by the
-    kernels always in float32. float64 takes the reference on every device. The forward is deterministic; on a GPU the
-    gradient of `value` is only under `torch.use_deterministic_algorithms(True)`.
+    kernels always in float32. Autocast casts nothing here: the projection before has chosen the dtype of `value`, and
+    locations keep the digits that large maps need. float64 takes the reference on every device. The forward is
+    deterministic; on a GPU the gradient of `value` is only under `torch.use_deterministic_algorithms(True)`.
     Raises `ValueError` when shapes or devices do not fit and `TypeError` when a tensor is not floating point.
     """
     shapes = [(int(height), int(width)) for height, width in spatial_shapes]
