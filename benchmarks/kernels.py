@@ -164,6 +164,8 @@ class Bench:
                     found = call()
                     if not self.on_cpu:
                         torch.cuda.synchronize(self.device)
+                except torch.OutOfMemoryError:
+                    raise
                 except RuntimeError as error:
                     raise RuntimeError(refusal(error, [str(warning.message) for warning in caught])) from None
         except Exception as error:  # whatever it raises is its result
