@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None  # takes longer than a small operation
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 Implementation = Literal["reference", "triton"]
@@ -25,15 +26,14 @@ def choose_path(op: str, tensor: Tensor, *, has_triton: bool) -> Implementation:
         raise ValueError(f"FRUGAL_KERNELS={setting!r}: expected auto, reference or triton")
     if setting == "reference":
         return "reference"
-    installed = has_triton and importlib.util.find_spec("triton") is not None
-    runnable = tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+    installed = has_triton and TRITON_INSTALLED
     if setting == "auto":
         return "triton" if installed and tensor.is_cuda else "reference"
     if not has_triton:
         raise RuntimeError(f"FRUGAL_KERNELS=triton, but {op} has no Triton kernels: set it to auto or reference")
     if not installed:
         raise RuntimeError(f"FRUGAL_KERNELS=triton, but Triton is not installed: {op} needs auto or reference")
-    if not runnable:
+    if not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError(f"FRUGAL_KERNELS=triton, but {op} got a {tensor.device.type} tensor: expected cuda")
     return "triton"
 
