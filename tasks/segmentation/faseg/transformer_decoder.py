@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.attention import attention
 from tasks.segmentation.faseg.pixel_decoder import PixelDecoderOutput, pointwise_conv
 
 HIGH_RESOLUTION_LEVEL = 3
@@ -40,17 +41,17 @@ class Attention(nn.Module):
             F.linear(x, weight, bias).unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # (B, heads, *, d / heads)
             for x, weight, bias in zip((query, key, value), weights, biases, strict=True)
         )
-        allowed = None if blocked is None else ~blocked.unsqueeze(1)
+        mask = None if blocked is None else blocked.unsqueeze(1)
         averaged = None
-        if need_weights or key.shape[1] == 0:
+        if need_weights:
             scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(2, 3)  # (B, heads, Q, N)
-            if allowed is not None:
-                scores = scores.masked_fill(~allowed, float("-inf"))
+            if mask is not None:
+                scores = scores.masked_fill(mask, float("-inf"))
             probabilities = scores.softmax(dim=-1)
             averaged = probabilities.mean(dim=1)
             attended = probabilities.to(v.dtype) @ v
         else:
-            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
+            attended = attention(q, k, v, mask=mask)
         return self.out_proj(attended.transpose(1, 2).flatten(2)), averaged
 
 
