@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from backbones.lit_stages import LITFeatures, LITStages
 from backbones.registration import build, imagenet_cfg
 from backbones.staged import StagedClassifier
+from kernels.hilo import hilo, lo_fi
+from kernels.window_attention import window_attention
 
 
 class HiLo(nn.Module):
@@ -70,32 +72,24 @@ class HiLo(nn.Module):
         below, right = -height % window, -width % window
         if (below or right) and (self.pad or self.hi_heads or min(height, width) < window):
             x = F.pad(x, (0, 0, 0, right, 0, below))
-        groups = [self.hi_fi(x)] if self.hi_heads else []
-        if self.lo_heads:
-            groups.append(self.lo_fi(x))
-        out = torch.cat(groups, dim=-1) if len(groups) == 2 else groups[0]
-        return out[:, :height, :width]
+        return self._attend(x)[:, :height, :width]
 
-    def hi_fi(self, x: Tensor) -> Tensor:
-        """Attention within windows: (B, H, W, C), sides divisible by the window, to (B, H, W, C_hi)."""
-        window, heads, dim = self.window_size, self.hi_heads, self.head_dim
-        batch, rows, columns = x.shape[0], x.shape[1] // window, x.shape[2] // window
-        qkv = self.h_qkv(x).view(batch, rows, window, columns, window, 3, heads, dim)
-        qkv = qkv.permute(5, 0, 1, 3, 6, 2, 4, 7).reshape(3, batch * rows * columns, heads, window**2, dim)
-        q, k, v = qkv.unbind()
-        out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
-        out = out.view(batch, rows, columns, heads, window, window, dim).permute(0, 1, 4, 2, 5, 3, 6)
-        return self.h_proj(out.reshape(batch, rows * window, columns * window, heads * dim))
+    def _attend(self, x: Tensor) -> Tensor:
+        """(B, H, W, C), sides divisible by the window where there are Hi-Fi heads, to (B, H, W, C)."""
+        if not self.hi_heads:
+            return self.l_proj(lo_fi(*self._lo_projections(x), self.scale))
+        qkv = self.h_qkv(x).unflatten(3, (3, self.hi_heads, self.head_dim))
+        if not self.lo_heads:
+            q, k, v = qkv.unbind(3)
+            out = window_attention(q, k, v, (self.window_size, self.window_size), scale=self.scale)
+            return self.h_proj(out.flatten(3))
+        hi, lo = hilo(qkv, *self._lo_projections(x), self.window_size, self.scale)
+        return torch.cat([self.h_proj(hi), self.l_proj(lo)], dim=-1)
 
-    def lo_fi(self, x: Tensor) -> Tensor:
-        """Attention to the pooled map: (B, H, W, C) to (B, H, W, C_lo)."""
-        batch, height, width, _ = x.shape
-        heads, dim = self.lo_heads, self.head_dim
-        q = self.l_q(x).view(batch, height * width, heads, dim)
-        kv = self.l_kv(self._pooled(x))
-        k, v = kv.view(batch, kv.shape[1] * kv.shape[2], 2, heads, dim).unbind(2)
-        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=self.scale)
-        return self.l_proj(out.transpose(1, 2).reshape(batch, height, width, heads * dim))
+    def _lo_projections(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries (B, H, W, heads, d), and keys and values (B, H // s, W // s, 2, heads, d) of the pooled map."""
+        heads = (self.lo_heads, self.head_dim)
+        return self.l_q(x).unflatten(3, heads), self.l_kv(self._pooled(x)).unflatten(3, (2, *heads))
 
     def _pooled(self, x: Tensor) -> Tensor:
         """Averages over whole windows, (B, H // s, W // s, C)."""

@@ -4,6 +4,7 @@ Attention is two matrix products and a softmax, depth-wise and deformable convol
 the tokens. The results are those of our modules; only speed and memory differ.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
@@ -21,7 +22,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 class PlainHiLo(HiLo):
     """HiLo with explicit attention matrices, for maps that the window divides."""
 
-    def hi_fi(self, x: Tensor) -> Tensor:
+    def _attend(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) to (B, H, W, C)."""
+        groups = [self._hi_fi(x)] if self.hi_heads else []
+        if self.lo_heads:
+            groups.append(self._lo_fi(x))
+        return torch.cat(groups, dim=-1)
+
+    def _hi_fi(self, x: Tensor) -> Tensor:
         """Attention within windows."""
         batch, height, width, _ = x.shape
         s, rows, columns = self.window_size, height // self.window_size, width // self.window_size
@@ -30,7 +38,7 @@ class PlainHiLo(HiLo):
         out = attend(qkv[0], qkv[1], qkv[2], self.scale).transpose(2, 3).reshape(batch, rows, columns, s, s, -1)
         return self.h_proj(out.transpose(2, 3).reshape(batch, height, width, -1))
 
-    def lo_fi(self, x: Tensor) -> Tensor:
+    def _lo_fi(self, x: Tensor) -> Tensor:
         """Attention to the pooled map."""
         batch, height, width, _ = x.shape
         q = self.l_q(x).reshape(batch, height * width, self.lo_heads, self.head_dim).transpose(1, 2)
