@@ -64,6 +64,10 @@ def _formulas() -> dict[Any, Any]:
             (torch.ops.aten, "_scaled_dot_product_attention_math_for_mps", _attention_flops),
             (torch.ops.aten, "_scaled_dot_product_fused_attention_overrideable", _attention_flops),
             (torch.ops.torchvision, "deform_conv2d", _deform_conv_flops),
+            (torch.ops.frugal, "attention", _attention_flops),
+            (torch.ops.frugal, "window_attention", _window_attention_flops),
+            (torch.ops.frugal, "hilo", _hilo_flops),
+            (torch.ops.frugal, "hash_attention", _hash_attention_flops),
         )
         if hasattr(library, name)
     }
@@ -72,6 +76,27 @@ def _formulas() -> dict[Any, Any]:
 def _attention_flops(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     """(..., Lq, d) times (..., Lk, d) transposed, times (..., Lk, dv)."""
     return 2 * prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+
+
+def _window_attention_flops(
+    query: Any, key: Any, value: Any, bias: Any, sizes: Any, *args: Any, out_shape: Any = None, **kwargs: Any
+) -> int:
+    """Maps (B, ..., heads, d), padded to whole windows of `sizes[:3]` tokens; `sizes[3:6]` are those of the keys."""
+    window = sizes[3 - len(query[1:-2]) : 3]
+    windows = prod(-(-size // side) for size, side in zip(query[1:-2], window, strict=True))
+    return 2 * query[0] * windows * query[-2] * prod(window) * prod(sizes[3:6]) * (query[-1] + value[-1])
+
+
+def _hilo_flops(
+    hi_qkv: Any, lo_q: Any, lo_kv: Any, window: int, *args: Any, out_shape: Any = None, **kwargs: Any
+) -> int:
+    """Heads (B, H, W, 3, h, d) within windows, and (B, H, W, l, d) to all of (B, H', W', 2, l, d)."""
+    return 4 * (prod(hi_qkv) // 3 * window**2 + prod(lo_q) * lo_kv[1] * lo_kv[2])
+
+
+def _hash_attention_flops(codes: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    """(..., N, bits) transposed times (..., N, d), and (..., N, bits) times that."""
+    return 4 * prod(codes) * value[-1]
 
 
 def _deform_conv_flops(image: Any, weight: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:

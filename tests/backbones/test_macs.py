@@ -10,6 +10,11 @@ from torchvision.ops import deform_conv2d
 from backbones.macs import count_macs
 from backbones.profiling import profile, stage_names
 from backbones.published import PUBLISHED
+from kernels.attention import attention
+from kernels.hash_attention import hash_attention
+from kernels.hilo import hilo
+from kernels.ms_deform_attn import ms_deform_attn
+from kernels.window_attention import window_attention
 
 
 class Call(nn.Module):
@@ -65,6 +70,63 @@ def test_attention_layers_are_counted_when_frozen_too():
         assert count_macs(layer, torch.zeros(1, 5, 8)) == 5 * 8 * (4 * 8 + 2 * 16) + 2 * 5 * 5 * 8
     assert torch.backends.mha.get_fastpath_enabled()
     assert layer.training
+
+
+@pytest.fixture(params=["reference", "triton"])
+def either_path(request, monkeypatch):
+    """PyTorch, or the Triton kernels: on the GPU, or in their interpreter (see tests/conftest.py)."""
+    if request.param == "triton":
+        pytest.importorskip("triton")
+    monkeypatch.setenv("FRUGAL_KERNELS", request.param)
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def padded_windows(x):
+    """2 x 2 windows of 2 x 3 tokens on a map of 3 x 4, keys of 1 x 2 tokens per window on a map of 2 x 4."""
+    maps = [x[..., : shape[-1]].expand(1, *shape) for shape in ((3, 4, 2, 8), (2, 4, 2, 8), (2, 4, 2, 6))]
+    return window_attention(*maps, window=(2, 3), kv_window=(1, 2))
+
+
+def windows_of_a_clip(x):
+    """One frame, 1 x 2 windows of 3 x 2 tokens, with a bias."""
+    clip = x.expand(1, 2, 3, 4, 2, 8)
+    return window_attention(clip, clip, clip, (1, 3, 2), bias=torch.zeros(2, 6, 6, device=x.device))
+
+
+def sampled(x):
+    locations = x[..., :2].expand(1, 5, 2, 1, 3, 2)
+    return ms_deform_attn(x.expand(1, 6, 2, 8), [(2, 3)], locations, locations[..., 0])
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (lambda x: attention(*(x[..., :d].expand(1, 2, n, d) for n, d in ((6, 8), (4, 8), (4, 7)))), 2 * 6 * 4 * 15),
+        (
+            lambda x: attention(*[x.expand(1, 2, 6, 8)] * 3, bias=torch.zeros(1, 2, 6, 6, device=x.device)),
+            2 * 6 * 6 * 16,
+        ),
+        (padded_windows, 4 * 2 * 6 * 2 * 14),
+        (windows_of_a_clip, 2 * 2 * 2 * 6 * 6 * 16),
+        (
+            lambda x: hilo(x.expand(1, 4, 6, 3, 2, 8), x.expand(1, 4, 6, 5, 8), x.expand(1, 2, 3, 2, 5, 8), 2)[0],
+            24 * 2 * 4 * 16 + 24 * 5 * 6 * 16,
+        ),
+        (lambda x: hash_attention(x[..., :3].expand(2, 2, 9, 3), x.expand(2, 2, 9, 8)), 4 * 2 * 9 * 3 * 8),
+        (sampled, 0),
+    ],
+    ids=["attention", "bias", "padded windows", "clip", "hilo", "hash attention", "deformable"],
+)
+def test_operations_count_the_same_on_either_path(function, expected, either_path):
+    assert count_macs(Call(function), torch.ones(1, 8, device=either_path)) == expected
+
+
+@pytest.mark.parametrize("name", ["lit_s", "litv2_s"])
+def test_networks_count_the_same_on_either_path(name, either_path, monkeypatch):
+    model = timm.create_model(name, depths=(1, 1, 1, 1)).to(either_path)
+    macs = count_macs(model, torch.zeros(1, 3, 64, 64, device=either_path))
+    monkeypatch.setenv("FRUGAL_KERNELS", "reference")
+    assert macs == count_macs(model.to("meta"), torch.zeros(1, 3, 64, 64, device="meta"))
 
 
 @pytest.mark.parametrize("facts", PUBLISHED.values(), ids=lambda facts: facts.name)
