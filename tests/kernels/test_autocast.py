@@ -7,7 +7,9 @@ from comparison import DEVICE, counted_launches
 from kernels.attention import attention
 from kernels.dispatch import cast_for_autocast
 from kernels.hash_attention import hash_attention
+from kernels.hilo import hilo
 from kernels.ms_deform_attn import ms_deform_attn
+from kernels.window_attention import window_attention
 
 # Sums of bfloat16 are wrong in Triton's interpreter.
 PATHS = [("reference", torch.bfloat16), ("reference", torch.float16), ("triton", torch.float16)]
@@ -23,17 +25,27 @@ def leaves(*shapes):
     ]
 
 
-def tensors_of(op):
-    if op is attention:
-        return leaves((2, 2, 5, 16), (2, 2, 7, 16), (2, 2, 7, 8), (1, 2, 5, 7))
-    return leaves((2, 2, 9, 8), (2, 2, 9, 16))
+def windows(q, k, v, bias):
+    return window_attention(q, k, v, (2, 3), bias=bias)
+
+
+def both_branches(hi_qkv, lo_q, lo_kv):
+    return torch.cat(hilo(hi_qkv, lo_q, lo_kv, 2), -1)
+
+
+SHAPES = {
+    attention: ((2, 2, 5, 16), (2, 2, 7, 16), (2, 2, 7, 8), (1, 2, 5, 7)),
+    windows: ((1, 4, 5, 2, 16), (1, 4, 5, 2, 16), (1, 4, 5, 2, 8), (2, 6, 6)),
+    both_branches: ((1, 4, 6, 3, 2, 16), (1, 4, 6, 1, 16), (1, 2, 3, 2, 1, 16)),
+    hash_attention: ((2, 2, 9, 8), (2, 2, 9, 16)),
+}
 
 
 @pytest.mark.parametrize(("path", "dtype"), PATHS, ids=str)
-@pytest.mark.parametrize("op", [attention, hash_attention])
+@pytest.mark.parametrize("op", SHAPES)
 def test_mixed_dtypes_become_that_of_autocast(op, path, dtype, kernels_required, monkeypatch):
     monkeypatch.setenv("FRUGAL_KERNELS", path)
-    tensors = tensors_of(op)
+    tensors = leaves(*SHAPES[op])
     with torch.autocast(DEVICE, dtype), counted_launches() as counts:
         output = op(*tensors)
     assert bool(counts) == (path == "triton")
@@ -48,30 +60,40 @@ def test_mixed_dtypes_become_that_of_autocast(op, path, dtype, kernels_required,
         torch.testing.assert_close(gradient.double(), true, rtol=0.05, atol=0.05)
 
 
-@pytest.mark.parametrize(("path", "dtype"), PATHS, ids=str)
-@pytest.mark.parametrize("op", [attention, hash_attention])
-def test_autocast_compiles_to_one_graph(op, path, dtype, kernels_required, monkeypatch):
+@pytest.mark.parametrize("path", ["reference", "triton"])
+@pytest.mark.parametrize("op", SHAPES)
+def test_autocast_compiles_to_one_graph(op, path, kernels_required, monkeypatch):
     monkeypatch.setenv("FRUGAL_KERNELS", path)
+    torch.compiler.reset()
 
-    def inside(*tensors):
-        with torch.autocast(DEVICE, dtype):
+    def autocast_inside(*tensors):
+        with torch.autocast(DEVICE, torch.float16):
             return op(*tensors)
 
-    tensors = tensors_of(op)
-    expected = inside(*tensors)
-    compiled = torch.compile(inside, backend="aot_eager", fullgraph=True)(*tensors)
-    with torch.autocast(DEVICE, dtype):
-        compiled_inside = torch.compile(op, backend="aot_eager", fullgraph=True)(*tensors)
-    assert expected.dtype == compiled.dtype == compiled_inside.dtype == dtype
-    torch.testing.assert_close(compiled, expected)
-    torch.testing.assert_close(compiled_inside, expected)
-    gradients = torch.autograd.grad(compiled.float().sum(), tensors)
+    tensors = leaves(*SHAPES[op])
+    expected = autocast_inside(*tensors)
+    output = torch.compile(autocast_inside, backend="aot_eager", fullgraph=True)(*tensors)
+    assert output.dtype == torch.float16
+    torch.testing.assert_close(output, expected)
+    gradients = torch.autograd.grad(output.float().sum(), tensors)
     assert [gradient.dtype for gradient in gradients] == [tensor.dtype for tensor in tensors]
 
 
-@pytest.mark.parametrize("op", [attention, hash_attention])
+def test_a_compiled_function_follows_autocast():
+    torch.compiler.reset()
+    tensors = [tensor.detach() for tensor in leaves(*SHAPES[hash_attention])]
+    compiled = torch.compile(hash_attention, backend="aot_eager", fullgraph=True)
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast(DEVICE, dtype):
+            output, expected = compiled(*tensors), hash_attention(*tensors)
+        assert output.dtype == dtype
+        torch.testing.assert_close(output, expected)
+    assert compiled(*tensors).dtype == tensors[1].dtype
+
+
+@pytest.mark.parametrize("op", SHAPES)
 def test_float64_stays(op):
-    tensors = [tensor.detach().double() for tensor in tensors_of(op)]
+    tensors = [tensor.detach().double() for tensor in leaves(*SHAPES[op])]
     expected = op(*tensors)
     with torch.autocast(DEVICE, torch.bfloat16):
         assert torch.equal(op(*tensors), expected)
