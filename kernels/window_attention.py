@@ -101,9 +101,7 @@ def window_attention(
         sizes = [*geometry.window, *geometry.kv_window, *geometry.shift]
         output: Tensor = torch.ops.frugal.window_attention(q, k, v, bias, sizes, mask_padding, scale)[0]
         return output
-    # A bias with a gradient excludes PyTorch's fused kernels; elsewhere than on the CPU so do queries without a key.
-    fused = bias is None or (q.device.type == "cpu" and not (bias.requires_grad and torch.is_grad_enabled()))
-    return (_attention_sdpa if fused else _attention_formula)(q, k, v, geometry, bias, scale)
+    return _attention_products(q, k, v, geometry, bias, scale)
 
 
 def _check_arguments(
@@ -183,54 +181,55 @@ def window_attention_reference(
     scale: float | None = None,
 ) -> Tensor:
     """Compute `window_attention` as it is written; differentiable in `q`, `k`, `v` and `bias`."""
-    geometry = Geometry.of(q, k, window, kv_window or window, shift or (0, 0, 0), mask_padding)
-    return _attention_formula(q, k, v, geometry, bias, q.shape[-1] ** -0.5 if scale is None else scale)
+    shift = shift or (0,) * len(window)
+    geometry = Geometry.of(q, k, window, kv_window or window, shift, mask_padding)
+    queries = _cut(q, geometry.window, geometry.shift)  # (B, windows, heads, tokens, d)
+    keys, values = (_cut(x, geometry.kv_window, geometry.shift) for x in (k, v))
+    output = attention_reference(queries, keys, values, bias, _hidden_keys(geometry, q.device), scale)
+    return _join(output, q, geometry)
 
 
-def _attention_formula(
+def _attention_products(
     q: Tensor, k: Tensor, v: Tensor, geometry: Geometry, bias: Tensor | None, scale: float
 ) -> Tensor:
-    # (B, windows, heads, tokens, d)
-    queries = _cut(q, geometry.window, geometry.shift).transpose(2, 3)
-    keys, values = (_cut(x, geometry.kv_window, geometry.shift).transpose(2, 3) for x in (k, v))
-    output = attention_reference(queries, keys, values, bias, _hidden_keys(geometry, q.device), scale)
-    return _join(output.transpose(2, 3), q, geometry)
-
-
-def _attention_sdpa(q: Tensor, k: Tensor, v: Tensor, geometry: Geometry, bias: Tensor | None, scale: float) -> Tensor:
-    """Compute `window_attention` with PyTorch's own."""
-    # (B * windows, heads, tokens, d)
-    queries = _cut(q, geometry.window, geometry.shift).flatten(0, 1).transpose(1, 2)
-    keys, values = (_cut(x, geometry.kv_window, geometry.shift).flatten(0, 1).transpose(1, 2) for x in (k, v))
-    mask = None if bias is None else bias.to(q.dtype)[None]
-    hidden = _hidden_keys(geometry, q.device)
+    """Compute `window_attention` with batched products: in small windows faster than PyTorch's fused attention."""
+    layout = (q.shape[0], prod(geometry.windows), q.shape[-2])
+    queries = _cut(q, geometry.window, geometry.shift).flatten(0, 2)  # (B * windows * heads, tokens, d)
+    keys, values = (_cut(x, geometry.kv_window, geometry.shift).flatten(0, 2) for x in (k, v))
+    scores = torch.baddbmm(q.new_zeros(1, 1, 1), queries, keys.mT, beta=0, alpha=scale)
+    added, hidden, without_key = bias, _hidden_keys(geometry, q.device), None
     if hidden is not None:
-        mask = ~hidden if mask is None else torch.where(hidden, -torch.inf, mask)
-        mask = mask.repeat(q.shape[0], 1, 1, 1)
-    output = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
-    return _join(output.transpose(1, 2).unflatten(0, (q.shape[0], prod(geometry.windows))), q, geometry)
+        added = torch.where(hidden, -torch.inf, 0.0 if bias is None else bias)  # (windows, 1 or heads, 1 or M, N)
+    if bias is not None:
+        without_key = (added == -torch.inf).all(-1, keepdim=True)
+        added = added.masked_fill(without_key, 0)
+    if added is not None:
+        scores = scores.view(*layout, *scores.shape[1:]).add(added.to(q.dtype)).flatten(0, 2)
+    output = torch.bmm(scores.softmax(-1), values).view(*layout, queries.shape[1], v.shape[-1])
+    if without_key is not None:
+        output = output.masked_fill(without_key, 0)
+    return _join(output, q, geometry)
 
 
 def _cut(x: Tensor, window: Axes, shift: Axes) -> Tensor:
-    """Cut maps (B, T, H, W, heads, d), or without T, into (B, windows, tokens, heads, d), zero-padded at their ends."""
+    """Cut maps (B, T, H, W, heads, d), or without T, into (B, windows, heads, tokens, d), zero-padded at their ends."""
     x = x.unsqueeze(1) if x.ndim == 5 else x
     if any(shift):
         x = x.roll([-step for step in shift], dims=(1, 2, 3))
-    t, h, w = window
-    past = [-size % side for size, side in zip(x.shape[1:4], window, strict=True)]
-    if any(past):
+    if not _divides(window, _axes(x.shape[1:4], 1)):
+        past = [-size % side for size, side in zip(x.shape[1:4], window, strict=True)]
         x = F.pad(x, (0, 0, 0, 0, 0, past[2], 0, past[1], 0, past[0]))
-    batch, frames, height, width, num_heads, dim = x.shape
-    x = x.view(batch, frames // t, t, height // h, h, width // w, w, num_heads, dim).permute(0, 1, 3, 5, 2, 4, 6, 7, 8)
-    return x.reshape(batch, frames * height * width // (t * h * w), t * h * w, num_heads, dim)
+    (t, h, w), (batch, frames, height, width, num_heads, dim) = window, x.shape
+    x = x.view(batch, frames // t, t, height // h, h, width // w, w, num_heads, dim).permute(0, 1, 3, 5, 7, 2, 4, 6, 8)
+    return x.reshape(batch, frames * height * width // (t * h * w), num_heads, t * h * w, dim)
 
 
 def _join(windows: Tensor, q: Tensor, geometry: Geometry) -> Tensor:
-    """Put windows (B, windows, tokens, heads, d) together, undoing what `_cut` does to `q`."""
-    *_, num_heads, dim = windows.shape
-    x = windows.reshape(q.shape[0], *geometry.windows, *geometry.window, num_heads, dim)
+    """Put windows (B, windows, heads, tokens, d) together, undoing what `_cut` does to `q`."""
+    batch, _, num_heads, _, dim = windows.shape
     (t, h, w), (wt, wh, ww) = geometry.windows, geometry.window
-    x = x.permute(0, 1, 4, 2, 5, 3, 6, 7, 8).reshape(q.shape[0], t * wt, h * wh, w * ww, num_heads, dim)
+    x = windows.view(batch, t, h, w, num_heads, wt, wh, ww, dim).permute(0, 1, 5, 2, 6, 3, 7, 4, 8)
+    x = x.reshape(batch, t * wt, h * wh, w * ww, num_heads, dim)
     if any(geometry.shift):
         x = x.roll(geometry.shift, dims=(1, 2, 3))
     frames, height, width = geometry.grid
@@ -244,11 +243,11 @@ def _hidden_keys(geometry: Geometry, device: torch.device) -> Tensor | None:
         ends = zip(geometry.grid, geometry.shift, strict=True)
         t, y, x = ((torch.arange(size, device=device) >= size - step).int() for size, step in ends)
         label = 4 * t[:, None, None] + 2 * y[:, None] + x
-        label = _cut(label[None, ..., None, None], geometry.window, (0, 0, 0))[0, :, None, :, 0, 0]  # (windows, 1, N)
+        label = _cut(label[None, ..., None, None], geometry.window, (0, 0, 0))[0, :, :, :, 0]  # (windows, 1, N)
         return label[..., None] != label[:, :, None]
     if geometry.mask_padding and not _divides(geometry.kv_window, geometry.kv_grid):
         exists = torch.ones((1, *geometry.kv_grid, 1, 1), dtype=torch.bool, device=device)
-        return ~_cut(exists, geometry.kv_window, (0, 0, 0))[0, :, None, None, :, 0, 0]
+        return ~_cut(exists, geometry.kv_window, (0, 0, 0))[0, :, :, None, :, 0]
     return None
 
 

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.attention_triton import LOG2_E, _load_rows, _store_rows
+from kernels.attention_triton import LOG2_E
 from kernels.window_attention import Geometry
 
 
@@ -61,9 +61,9 @@ def locate(
     TOKENS: tl.constexpr, H: tl.constexpr, W: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Return image, number of the windows along t and y, first one along x, and start of the group in statistics."""
-    windows_t, windows_h = tl.cdiv(grid_t, TOKENS // (H * W)), tl.cdiv(grid_h, H)
-    windows_w = tl.cdiv(grid_w, W)
-    groups = tl.cdiv(windows_w, GROUP)
+    T: tl.constexpr = TOKENS // (H * W)
+    windows_t, windows_h, windows_w = (grid_t + T - 1) // T, (grid_h + H - 1) // H, (grid_w + W - 1) // W
+    groups = (windows_w + GROUP - 1) // GROUP
     row, first = group // groups, group % groups * GROUP
     image = (row // (windows_t * windows_h)).to(tl.int64)
     start = ((row.to(tl.int64) * num_heads + head) * windows_w + first) * TOKENS
@@ -98,16 +98,23 @@ def load_tokens(
 ):
     """Load a [tokens, BLOCK] tile of a map, zero where there is no token or no dimension."""
     offsets = t.to(tl.int64) * stride_t + y.to(tl.int64) * stride_h + x.to(tl.int64) * stride_w
-    return _load_rows(base, offsets, dims, 1, stride_d, ok, DIM, BLOCK)
+    tile_ok = ok[:, None]
+    if BLOCK != DIM:
+        tile_ok = tile_ok & (dims < DIM)[None, :]
+    return tl.load(base + offsets[:, None] + dims[None, :] * stride_d, mask=tile_ok, other=0.0)
 
 
 @triton.jit
 def store_tokens(
     base, t, y, x, dims, stride_t, stride_h, stride_w, stride_d, ok, tile, DIM: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Store what `load_tokens` would load."""
+    """Store where `load_tokens` would load."""
     offsets = t.to(tl.int64) * stride_t + y.to(tl.int64) * stride_h + x.to(tl.int64) * stride_w
-    _store_rows(base, offsets, dims, 1, stride_d, ok, tile, DIM, BLOCK)
+    tile_ok = ok[:, None]
+    if BLOCK != DIM:
+        tile_ok = tile_ok & (dims < DIM)[None, :]
+    pointers = base + offsets[:, None] + dims[None, :] * stride_d
+    tl.store(pointers, tile.to(base.dtype.element_ty), mask=tile_ok)
 
 
 @triton.jit
