@@ -38,15 +38,15 @@ def find_cases(roots):
     return dict(sorted(cases.items()))
 
 
-def golden_parameters():
+def golden_parameters(full=True):
+    """Cases; `full` ones run a network of its real size."""
     roots = [HERE / "goldens", *(Path(r) for r in os.environ.get("FRUGAL_GOLDENS", "").split(":") if r)]
     cases = find_cases([root for root in roots if root.is_dir() or root != HERE / "goldens"])
     unsupported = sorted({name.split("/")[0] for name in cases if not module_of(name.split("/")[0]).exists()})
     supported = [
-        # "full" cases run a network of its real size
         pytest.param(name, path, id=name, marks=[pytest.mark.slow] if path.stem.startswith("full") else [])
         for name, path in cases.items()
-        if name.split("/")[0] not in unsupported
+        if name.split("/")[0] not in unsupported and (full or not path.stem.startswith("full"))
     ]
     reason = "no tests/golden_families/goldens_{}.py"
     return supported + [
@@ -79,6 +79,19 @@ def compare(name, actual, expected, tolerance=None):
 @pytest.mark.golden
 @pytest.mark.parametrize(("name", "path"), golden_parameters())
 def test_golden(name, path):
+    check_golden(name, path)
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize(("name", "path"), golden_parameters(full=False))
+def test_golden_with_triton(name, path, monkeypatch):
+    """Every case again where the Triton kernels take all they can, which is float32."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("FRUGAL_KERNELS", "triton")
+    check_golden(name, path)
+
+
+def check_golden(name, path):
     if str(MODULES) not in sys.path:
         sys.path.insert(0, str(MODULES))
     module = importlib.import_module(f"goldens_{name.split('/')[0]}")
@@ -135,9 +148,9 @@ def test_outputs_must_be_computed_and_equal(tmp_path, monkeypatch):
     ]:
         monkeypatch.setitem(sys.modules, "goldens_fake", SimpleNamespace(run_case=lambda *_, c=computed: c))
         with pytest.raises(AssertionError, match=message):
-            test_golden("fake/case", path)
+            check_golden("fake/case", path)
     monkeypatch.setitem(sys.modules, "goldens_fake", SimpleNamespace(run_case=lambda *_: expected))
-    test_golden("fake/case", path)
+    check_golden("fake/case", path)
 
 
 def test_a_family_sets_its_tolerances(tmp_path, monkeypatch):
@@ -152,7 +165,7 @@ def test_a_family_sets_its_tolerances(tmp_path, monkeypatch):
         )
         monkeypatch.setitem(sys.modules, "goldens_fake", family)
         if error is None:
-            test_golden("fake/case", path)
+            check_golden("fake/case", path)
         else:
             with pytest.raises(AssertionError, match=error):
-                test_golden("fake/case", path)
+                check_golden("fake/case", path)
