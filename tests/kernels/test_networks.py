@@ -7,10 +7,16 @@ import torch
 from comparison import DEVICE, check_error, counted_launches
 from torch import nn
 
+from backbones.hvt import HVT
+from backbones.lit import LIT
+from backbones.lit_ti import LITTi
+from backbones.litv2 import LITv2
+from backbones.swin import SwinFeatures
 from tasks.segmentation.faseg.network import FASegNetwork
 
 ATTENTION = {"attention_fwd_kernel", "attention_bwd_q_kernel", "attention_bwd_kv_kernel"}
 TOLERANCE = 1e-6
+WINDOWS = {"window_attention_fwd_kernel", "window_attention_bwd_kv_kernel"}
 DEFORMABLE = {"ms_deform_attn_fwd_kernel", "ms_deform_attn_bwd_kernel"}
 
 
@@ -87,3 +93,42 @@ def test_faseg(options, kernels_required, monkeypatch):
         return {f"{key} {i}": stage[key] for i, stage in enumerate(stages) for key in ("pred_logits", "pred_masks")}
 
     check_network(model, call, ATTENTION | DEFORMABLE, monkeypatch)
+
+
+TINY = {"embed_dim": 8, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 2, 2), "num_classes": 3}
+BACKBONES = {
+    "litv2": (LITv2, {**TINY, "alpha": 0.5}, ATTENTION | WINDOWS),
+    "litv2_hi_fi": (LITv2, {**TINY, "alpha": 0.0}, ATTENTION | WINDOWS),
+    "lit": (LIT, {**TINY, "img_size": 64}, ATTENTION | {"attention_bwd_bias_kernel"}),
+    "lit_ti": (
+        LITTi,
+        {
+            "img_size": 64,
+            "embed_dims": (8, 8, 8, 8),
+            "depths": (1, 1, 1, 1),
+            "num_heads": (1, 1, 2, 2),
+            "num_classes": 3,
+        },
+        ATTENTION,
+    ),
+    "hvt": (HVT, {"img_size": 64, "embed_dim": 8, "depth": 2, "num_heads": 2, "num_classes": 3}, ATTENTION),
+    "swin": (
+        SwinFeatures,
+        {"embed_dim": 8, "depths": (2,), "num_heads": (1,), "window_size": 3},
+        WINDOWS,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_backbones(name, kernels_required, monkeypatch):
+    network, options, launches = BACKBONES[name]
+    torch.manual_seed(0)
+    model = network(**options).eval()
+    images = torch.randn(2, 3, 32, 40, generator=torch.manual_seed(1)).to(DEVICE)
+
+    def call(model):
+        outputs = model(images.to(next(model.parameters()).dtype))
+        return {str(i): output for i, output in enumerate(outputs if isinstance(outputs, list) else [outputs])}
+
+    check_network(model, call, launches, monkeypatch)
