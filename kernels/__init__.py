@@ -1,1 +1,1 @@
-"""Operations: a PyTorch reference each, with Triton kernels where they pay."""
+"""Operations: a PyTorch reference and Triton kernels each."""
