@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from backbones.positions import relative_index
+from kernels.window_attention import window_attention
 
 # embed_dim, depths, num_heads, window_size
 SWIN_VARIANTS: dict[str, tuple[int, tuple[int, ...], tuple[int, ...], int]] = {
@@ -125,7 +126,6 @@ class SwinStage(nn.Module):
         self, dim: int, num_heads: int, window_size: int, mlp_ratio: float, drop_path: list[float], downsample: bool
     ) -> None:
         super().__init__()
-        self.window_size = window_size
         self.grad_checkpointing = False
         self.downsample = PatchMerging(dim // 2) if downsample else nn.Identity()
         self.blocks = nn.ModuleList(
@@ -136,12 +136,8 @@ class SwinStage(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) to (B, H', W', C'), halved when the stage merges patches."""
         x = self.downsample(x)
-        shift_mask = shifted_window_mask(x.shape[1], x.shape[2], self.window_size, x)
         for block in self.blocks:
-            if self.grad_checkpointing and self.training:
-                x = checkpoint(block, x, shift_mask, use_reentrant=False)
-            else:
-                x = block(x, shift_mask)
+            x = checkpoint(block, x, use_reentrant=False) if self.grad_checkpointing and self.training else block(x)
         return x
 
 
@@ -160,26 +156,13 @@ class SwinBlock(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
-    def forward(self, x: Tensor, shift_mask: Tensor) -> Tensor:
-        """(B, H, W, C) to the same shape; ``shift_mask`` (windows, N, N) applies when the block shifts."""
-        x = x + self.drop_path(self._window_attention(self.norm1(x), shift_mask))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
-
-    def _window_attention(self, x: Tensor, shift_mask: Tensor) -> Tensor:
-        batch, height, width, dim = x.shape
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) to the same shape."""
+        height, width = x.shape[1:3]
         side = self.window_size
-        x = F.pad(x, (0, 0, 0, -width % side, 0, -height % side))
-        rows, columns = x.shape[1] // side, x.shape[2] // side
-        if self.shift_size:
-            x = x.roll((-self.shift_size, -self.shift_size), dims=(1, 2))
-        # (B, rows, side, columns, side, C) -> (B * windows, N, C) and back
-        windows = x.reshape(batch, rows, side, columns, side, dim).transpose(2, 3).reshape(-1, side * side, dim)
-        windows = self.attn(windows, shift_mask if self.shift_size else None)
-        x = windows.reshape(batch, rows, columns, side, side, dim).transpose(2, 3)
-        x = x.reshape(batch, rows * side, columns * side, dim)
-        if self.shift_size:
-            x = x.roll((self.shift_size, self.shift_size), dims=(1, 2))
-        return x[:, :height, :width]
+        padded = F.pad(self.norm1(x), (0, 0, 0, -width % side, 0, -height % side))
+        x = x + self.drop_path(self.attn(padded, self.shift_size)[:, :height, :width])
+        return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
 class WindowAttention(nn.Module):
@@ -189,45 +172,20 @@ class WindowAttention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, window_size: int) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.window_size = num_heads, window_size
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
         self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window_size - 1) ** 2, num_heads))
         trunc_normal_(self.relative_position_bias_table, std=0.02)
         self.register_buffer("relative_position_index", relative_index(window_size, window_size), persistent=False)
 
-    def forward(self, windows: Tensor, shift_mask: Tensor | None) -> Tensor:
-        """(B * windows, N, C) to the same shape; ``shift_mask`` is (windows, N, N) or None."""
-        count, tokens, dim = windows.shape
-        qkv = self.qkv(windows).reshape(count, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        query, key, value = qkv.unbind(0)  # (B * windows, heads, N, d)
-        # (N, N, heads) -> (1, heads, N, N)
-        bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)[None]
-        if shift_mask is not None:
-            bias = (bias + shift_mask[:, None]).repeat(count // shift_mask.shape[0], 1, 1, 1)
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias.to(query.dtype))
-        return self.proj(out.transpose(1, 2).reshape(count, tokens, dim))
-
-
-def shifted_window_mask(height: int, width: int, window_size: int, like: Tensor) -> Tensor:
-    """Additive mask (windows, N, N) of a shifted map: -100 between tokens that were not neighbours before the shift.
-
-    ``height`` and ``width`` count tokens before padding; dtype and device follow ``like``.
-    """
-    rows = _shift_regions(height, window_size, like)
-    columns = _shift_regions(width, window_size, like)
-    # Region number of each token, gathered per window: (rows, columns, side, side)
-    region = (3 * rows[:, None, :, None] + columns[None, :, None, :]).reshape(-1, window_size**2)
-    blocked = region[:, None, :] != region[:, :, None]
-    return torch.zeros(blocked.shape, dtype=like.dtype, device=like.device).masked_fill(blocked, -100.0)
-
-
-def _shift_regions(length: int, window_size: int, like: Tensor) -> Tensor:
-    """Number (0, 1, 2) of the region each position of one padded axis belongs to, as (windows, window_size)."""
-    padded = length + -length % window_size
-    position = torch.arange(padded, device=like.device)
-    region = (position >= padded - window_size).long() + (position >= padded - window_size // 2).long()
-    return region.reshape(-1, window_size)
+    def forward(self, x: Tensor, shift: int) -> Tensor:
+        """(B, H, W, C), sides divisible by the window, to the same shape; the map is shifted by ``shift`` tokens."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(3)  # (B, H, W, heads, d)
+        # (N, N, heads) -> (heads, N, N)
+        bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1).contiguous()
+        window, shifts = (self.window_size, self.window_size), (shift, shift)
+        return self.proj(window_attention(q, k, v, window, bias=bias, shift=shifts).flatten(-2))
 
 
 def _init_weights(module: nn.Module) -> None:

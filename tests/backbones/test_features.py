@@ -6,7 +6,7 @@ import torch
 from backbones import create, create_features
 from backbones.lit_ti import LITTiDense
 from backbones.positions import relative_index
-from backbones.swin import SWIN_VARIANTS, SwinFeatures, shifted_window_mask
+from backbones.swin import SWIN_VARIANTS, SwinFeatures
 
 
 def tiny_swin(**options):
@@ -166,13 +166,6 @@ def test_swin_matcher_numbers_layers_from_the_stem():
 
 def test_relative_positions_of_a_window_of_two():
     assert relative_index(2, 2).tolist() == [[4, 3, 1, 0], [5, 4, 2, 1], [7, 6, 4, 3], [8, 7, 5, 4]]
-
-
-def test_shift_mask_separates_what_wrapped_around():
-    mask = shifted_window_mask(4, 4, 2, torch.zeros(1))
-    assert mask.shape == (4, 4, 4)
-    assert not mask[0].any()  # nothing wrapped into the first window
-    assert mask[3].eq(-100).sum() == 12  # in the last one every token comes from another place
 
 
 # -- LIT, LITv2 -------------------------------------------------------------------------------------------------------
