@@ -29,15 +29,15 @@ CASES = {
     "one_key_of_many_queries": {"q_length": 33, "k_length": 1, "bias": (1, 2)},
     "one_query": {"q_length": 1, "k_length": 63, "bias": (2, 1)},
     "odd_lengths": {"batch": 1, "q_length": 63, "k_length": 100, "head_dim": 20},
-    "reduced_keys": {"q_length": 100, "k_length": 25, "head_dim": 60, "v_dim": 36},
+    "reduced_keys": {"batch": 1, "q_length": 100, "k_length": 25, "head_dim": 60, "v_dim": 36},
     "bias_of_heads": {"batch": 1, "q_length": 49, "k_length": 49, "head_dim": 32, "bias": (1, 2)},
     "bias_of_images_and_mask": {"q_length": 17, "k_length": 63, "head_dim": 20, "bias": (2, 1), "mask": (2, 1, 1)},
     "full_bias": {"batch": 1, "q_length": 40, "k_length": 33, "bias": (1, 2), "mask": (1, 2, 1)},
     "one_bias": {"batch": 3, "q_length": 35, "k_length": 20, "bias": (1, 1)},
     "mask_of_keys": {"num_heads": 1, "q_length": 34, "k_length": 70, "head_dim": 60, "mask": (2, 1, 1)},
     "mask_of_images": {"num_heads": 1, "q_length": 34, "k_length": 70, "head_dim": 20, "mask": (2, 1, 34)},
-    "mask_of_heads_and_bias": {"q_length": 63, "k_length": 40, "mask": (1, 2, 63), "bias": (1, 2)},
-    "full_mask_and_one_bias": {"q_length": 33, "k_length": 35, "mask": (2, 2, 33), "bias": (1, 1)},
+    "mask_of_heads_and_bias": {"q_length": 35, "k_length": 40, "mask": (1, 2, 35), "bias": (1, 2)},
+    "full_mask_and_one_bias": {"q_length": 33, "k_length": 20, "mask": (2, 2, 33), "bias": (1, 1)},
     "one_key_masked": {"q_length": 33, "k_length": 1, "mask": (1, 1, 33)},
     "largest_heads": {"batch": 1, "num_heads": 1, "q_length": 33, "k_length": 40, "head_dim": 128, "v_dim": 100},
     "small_heads": {"q_length": 9, "k_length": 8, "head_dim": 3, "v_dim": 1},
@@ -197,8 +197,8 @@ def test_repeats_bit_by_bit():
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
 
-def operator_arguments(requires_grad, mask=(1, 1, 1)):
-    tensors = {name: t.to(DEVICE) for name, t in inputs(1, k_length=6, bias=(1, 2), mask=mask).items()}
+def operator_arguments(requires_grad):
+    tensors = {name: t.to(DEVICE) for name, t in inputs(1, k_length=6, bias=(1, 2), mask=(1, 1, 5)).items()}
     for name in ("q", "k", "v", "bias"):
         tensors[name].requires_grad_(requires_grad)
     return (*tensors.values(), 0.25)
@@ -210,7 +210,6 @@ def test_operators_are_well_defined():
     torch.library.opcheck(torch.ops.frugal.attention, arguments)
     q, k, v = arguments[:3]
     torch.library.opcheck(torch.ops.frugal.attention, (q, k, v, None, None, 0.25))
-    torch.library.opcheck(torch.ops.frugal.attention, operator_arguments(requires_grad=True, mask=(1, 2, 5)))
     arguments = operator_arguments(requires_grad=False)
     output, lse = torch.ops.frugal.attention(*arguments)
     for bias_gradient in (True, False):
