@@ -198,10 +198,10 @@ def _attention_products(
     keys, values = (_cut(x, geometry.kv_window, geometry.shift).flatten(0, 2) for x in (k, v))
     scores = torch.baddbmm(q.new_zeros(1, 1, 1), queries, keys.mT, beta=0, alpha=scale)
     added, hidden, without_key = bias, _hidden_keys(geometry, q.device), None
-    if hidden is not None:
-        added = torch.where(hidden, -torch.inf, 0.0 if bias is None else bias)  # (windows, 1 or heads, 1 or M, N)
-    if bias is not None:
-        without_key = (added == -torch.inf).all(-1, keepdim=True)
+    if hidden is not None:  # (windows, 1 or heads, 1 or M, N)
+        added = (q.new_zeros(()) if bias is None else bias).masked_fill(hidden, -torch.inf)
+    if added is not None and bias is not None:
+        without_key = added.isneginf().all(-1, keepdim=True)
         added = added.masked_fill(without_key, 0)
     if added is not None:
         scores = scores.view(*layout, *scores.shape[1:]).add(added.to(q.dtype)).flatten(0, 2)
@@ -213,7 +213,7 @@ def _attention_products(
 
 def _cut(x: Tensor, window: Axes, shift: Axes) -> Tensor:
     """Cut maps (B, T, H, W, heads, d), or without T, into (B, windows, heads, tokens, d), zero-padded at their ends."""
-    x = x.unsqueeze(1) if x.ndim == 5 else x
+    x = _clip(x)
     if any(shift):
         x = x.roll([-step for step in shift], dims=(1, 2, 3))
     if not _divides(window, _axes(x.shape[1:4], 1)):
@@ -251,9 +251,9 @@ def _hidden_keys(geometry: Geometry, device: torch.device) -> Tensor | None:
     return None
 
 
-def _maps(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Return views (B, T, H, W, heads, d) of maps with or without T."""
-    return tuple(tensor.unsqueeze(1) if tensor.ndim == 5 else tensor for tensor in tensors)
+def _clip(x: Tensor) -> Tensor:
+    """View a map (B, H, W, heads, d) as a clip of one frame; a clip stays what it is."""
+    return x.unsqueeze(1) if x.ndim == 5 else x
 
 
 def _empty_map(like: Tensor, dim: int) -> Tensor:
@@ -288,7 +288,7 @@ def _window_attention_op(
 
     geometry = _geometry_of(q, k, sizes, mask_padding)
     output, lse = _empty_map(q, v.shape[-1]), empty_lse(q, geometry)
-    launch_forward(*_maps(q, k, v), bias, geometry, scale, *_maps(output), lse)
+    launch_forward(_clip(q), _clip(k), _clip(v), bias, geometry, scale, _clip(output), lse)
     return output, lse
 
 
@@ -316,11 +316,23 @@ def _window_attention_backward_op(
     """Return the gradients of q, k, v and bias, the last one empty unless `bias_gradient`."""
     from kernels.window_attention_triton import launch_backward
 
-    gradients = dq, dk, dv, dbias = _empty_gradients(q, k, v, bias, bias_gradient)
-    geometry = _geometry_of(q, k, sizes, mask_padding)
-    maps = (*_maps(doutput, q, k, v), bias, geometry, scale, *_maps(output), lse)
-    launch_backward(*maps, *_maps(dq, dk, dv), dbias)
-    return gradients
+    dq, dk, dv, dbias = _empty_gradients(q, k, v, bias, bias_gradient)
+    launch_backward(
+        _clip(doutput),
+        _clip(q),
+        _clip(k),
+        _clip(v),
+        bias,
+        _geometry_of(q, k, sizes, mask_padding),
+        scale,
+        _clip(output),
+        lse,
+        _clip(dq),
+        _clip(dk),
+        _clip(dv),
+        dbias,
+    )
+    return dq, dk, dv, dbias
 
 
 @_window_attention_backward_op.register_fake

@@ -35,7 +35,7 @@ from kernels.window_tiles_triton import (
 FUSED_TOKENS = 64
 
 
-@tuned((32, 4, 2), (32, 2, 2), (64, 4, 3), (128, 8, 3))
+@tuned
 @triton.jit
 def window_attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, bias_ptr, out_ptr, lse_ptr,
@@ -106,7 +106,7 @@ def window_attention_fwd_kernel(
     tl.store(lse_ptr + start + rows, tl.where(seen, lse, float("inf")), mask=row_ok)
 
 
-@tuned((32, 4, 2), (64, 4, 2), (128, 8, 2))
+@tuned
 @triton.jit
 def window_attention_bwd_q_kernel(
     q_ptr, k_ptr, v_ptr, bias_ptr, out_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr,
@@ -174,7 +174,7 @@ def window_attention_bwd_q_kernel(
     store_tokens(dq_base, t, y, x, dims, dq_st, dq_sh, dq_sw, dq_sd, in_map, dq * scale, HEAD_DIM, BLOCK_D)
 
 
-@tuned((32, 4, 2), (32, 2, 2), (64, 4, 2), (64, 8, 2))
+@tuned
 @triton.jit
 def window_attention_bwd_kv_kernel(
     q_ptr, k_ptr, v_ptr, bias_ptr, out_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, dk_ptr, dv_ptr, dbias_ptr,
@@ -273,7 +273,7 @@ def window_attention_bwd_kv_kernel(
         tl.store(pointers, dbias, mask=(rows < Q_TOKENS) & (cols[:, None] < K_TOKENS))
 
 
-@tuned((32, 4, 2), (64, 4, 2))
+@tuned
 @triton.jit
 def window_attention_bwd_bias_kernel(
     q_ptr, k_ptr, v_ptr, bias_ptr, dout_ptr, lse_ptr, delta_ptr, dbias_ptr,

@@ -40,19 +40,30 @@ def _keys(args: dict[str, Any]) -> int:
     return _block(tokens if args.get("FUSED") else min(tokens, args["TILE"]))
 
 
-def tuned(*tiles: tuple[int, int, int]) -> Any:
-    """Try tiles of (tokens, warps, stages), the interpreter the first; groups and blocks follow from the windows."""
-    configs = [triton.Config({"TILE": tile}, num_warps=warps, num_stages=stages) for tile, warps, stages in tiles]
+def _prune(configs: list[Any], named_args: dict[str, Any], **kwargs: Any) -> list[Any]:
+    """Leave out tiles of which a thread would have more scores than it has registers for."""
+    args = named_args | kwargs
+    scores_per_thread = 16 if args["q_ptr"].dtype == torch.float32 else 32
+
+    def fits(config: Any) -> bool:
+        sizes = args | config.kwargs
+        sizes["GROUP"] = _group(sizes)
+        return _queries(sizes) * _keys(sizes) <= scores_per_thread * 32 * config.num_warps
+
+    return [config for config in configs if fits(config)]
+
+
+def tuned(kernel: Any) -> Any:
+    """Try tiles of 32 and 64 tokens, the interpreter the first; groups and blocks follow from the windows."""
+    options = ((32, 4, 2), (32, 2, 2), (64, 4, 3), (64, 8, 2))  # tokens, warps, stages
+    configs = [triton.Config({"TILE": tile}, num_warps=warps, num_stages=stages) for tile, warps, stages in options]
     if os.environ.get("TRITON_INTERPRET") == "1":
         configs = configs[:1]
-    keys = ["Q_TOKENS", "Q_H", "Q_W", "K_TOKENS", "HEAD_DIM", "V_DIM", "HAS_BIAS", "SHIFTED", "width_class"]
-    derive = triton.heuristics({"GROUP": _group, "BLOCK_M": _queries, "BLOCK_N": _keys})
-
-    def decorate(kernel: Any) -> Any:
-        key = keys + ["BIAS_GRADIENT"] * ("BIAS_GRADIENT" in kernel.arg_names)
-        return triton.autotune(configs=configs, key=key, cache_results=True)(derive(kernel))
-
-    return decorate
+    key = ["Q_TOKENS", "Q_H", "Q_W", "K_TOKENS", "HEAD_DIM", "V_DIM", "HAS_BIAS", "SHIFTED", "width_class"]
+    key += ["BIAS_GRADIENT"] * ("BIAS_GRADIENT" in kernel.arg_names)
+    prune = {"early_config_prune": _prune}
+    tune = triton.autotune(configs=configs, key=key, prune_configs_by=prune, cache_results=True)
+    return tune(triton.heuristics({"GROUP": _group, "BLOCK_M": _queries, "BLOCK_N": _keys})(kernel))
 
 
 @triton.jit
