@@ -43,9 +43,9 @@ def attention(
         output: Tensor = torch.ops.frugal.attention(q, k, v, bias, mask, scale)[0]
         return output
     # PyTorch's own drops the bias from the graph of empty tensors, and away from the CPU its backends disagree about
-    # queries without a key.
+    # queries without a key, which a mask alone lets us find beforehand.
     empty = q.numel() == 0 or k.numel() == 0
-    if not empty and (mask is None or q.device.type == "cpu"):
+    if not empty and (mask is None or bias is None or q.device.type == "cpu"):
         return _attention_sdpa(q, k, v, bias, mask, scale)
     return attention_reference(q, k, v, bias, mask, scale)
 
@@ -104,9 +104,13 @@ def attention_reference(
 
 def _attention_sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float) -> Tensor:
     """Compute `attention` with PyTorch's own."""
+    if bias is None and mask is not None:
+        without_key = mask.all(-1, keepdim=True)
+        output = F.scaled_dot_product_attention(q, k, v, attn_mask=~mask | without_key, scale=scale)
+        return output.masked_fill(without_key, 0)
     added = None if bias is None else bias.to(q.dtype)
-    if mask is not None:
-        added = ~mask if added is None else added.masked_fill(mask, -torch.inf)
+    if added is not None and mask is not None:
+        added = added.masked_fill(mask, -torch.inf)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=added, scale=scale)
 
 

@@ -85,9 +85,10 @@ def _as_map(heads: Tensor, lo_q: Tensor) -> Tensor:
     return heads.transpose(1, 2).reshape(lo_q.shape).flatten(3)
 
 
-def _hi_maps(hi_qkv: Tensor) -> tuple[Tensor, ...]:
+def _hi_maps(hi_qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Views q, k and v, each (B, 1, H, W, h, d)."""
-    return hi_qkv.unsqueeze(1).unbind(4)
+    q, k, v = hi_qkv.unsqueeze(1).unbind(4)
+    return q, k, v
 
 
 def _geometry(hi_qkv: Tensor, window: int) -> Geometry:
@@ -113,7 +114,8 @@ def _hilo_op(
 
     hi, lo, hi_lse, lo_lse = outputs = _empty_outputs(hi_qkv, lo_q, window)
     geometry = _geometry(hi_qkv, window)
-    window_attention_triton.launch_forward(*_hi_maps(hi_qkv), None, geometry, scale, hi.unsqueeze(1), hi_lse)
+    q, k, v = _hi_maps(hi_qkv)
+    window_attention_triton.launch_forward(q, k, v, None, geometry, scale, hi.unsqueeze(1), hi_lse)
     attention_triton.launch_forward(
         *_lo_heads(lo_q, lo_kv), None, None, scale, lo.flatten(1, 2).transpose(1, 2), lo_lse
     )
@@ -146,12 +148,23 @@ def _hilo_backward_op(
 
     gradients = dhi_qkv, dlo_q, dlo_kv = _empty_gradients(hi_qkv, lo_q, lo_kv)
     no_bias = hi_qkv.new_empty(0)
-    geometry = _geometry(hi_qkv, window)
-    maps = (dhi.unsqueeze(1), *_hi_maps(hi_qkv), None, geometry, scale, hi.unsqueeze(1), hi_lse)
-    window_attention_triton.launch_backward(*maps, *_hi_maps(dhi_qkv), no_bias)
-    doutput, output = (x.flatten(1, 2).transpose(1, 2) for x in (dlo, lo))
-    heads = (doutput, *_lo_heads(lo_q, lo_kv), None, None, scale, output, lo_lse)
-    attention_triton.launch_backward(*heads, *_lo_heads(dlo_q, dlo_kv), no_bias)
+    q, k, v = _hi_maps(hi_qkv)
+    window_attention_triton.launch_backward(
+        dhi.unsqueeze(1),
+        q,
+        k,
+        v,
+        None,
+        _geometry(hi_qkv, window),
+        scale,
+        hi.unsqueeze(1),
+        hi_lse,
+        *_hi_maps(dhi_qkv),
+        no_bias,
+    )
+    q, k, v = _lo_heads(lo_q, lo_kv)
+    dlo, lo = (x.flatten(1, 2).transpose(1, 2) for x in (dlo, lo))
+    attention_triton.launch_backward(dlo, q, k, v, None, None, scale, lo, lo_lse, *_lo_heads(dlo_q, dlo_kv), no_bias)
     return gradients
 
 
