@@ -18,6 +18,8 @@ from benchmarks.kernel_cases.base import (
     reference_and_compiled,
     with_backends,
 )
+from kernels.hilo import hilo, hilo_reference
+from kernels.window_attention import window_attention, window_attention_reference
 
 Sizes = tuple[int, ...]  # one number per axis of a map
 
@@ -86,14 +88,10 @@ class WindowAttentionCase(Case):
 
     def reference(self, inputs: Inputs) -> Tensor:
         """The definition."""
-        from kernels.window_attention import window_attention_reference
-
         return self._attend(window_attention_reference, inputs)
 
     def candidates(self) -> dict[str, Candidate]:
         """Windows cut by a copy, then PyTorch's attention with each backend; the same compiled; the definition."""
-        from kernels.window_attention import window_attention
-
         backends = with_backends(self._compose)
         return {
             OURS: Candidate(lambda inputs: self._attend(window_attention, inputs)),
@@ -162,14 +160,10 @@ class HiLoCase(Case):
 
     def reference(self, inputs: Inputs) -> tuple[Tensor, ...]:
         """The definition."""
-        from kernels.hilo import hilo_reference
-
         return hilo_reference(inputs["hi_qkv"], inputs["lo_q"], inputs["lo_kv"], self.window)
 
     def candidates(self) -> dict[str, Candidate]:
         """Both branches with PyTorch's attention, as they are and compiled; the definition."""
-        from kernels.hilo import hilo
-
         backends = with_backends(self._compose)
         return {
             OURS: Candidate(lambda inputs: hilo(inputs["hi_qkv"], inputs["lo_q"], inputs["lo_kv"], self.window)),

@@ -3,8 +3,8 @@
 Runs operations on small tensors on the CPU, where a launch compiles its kernel and runs nothing. Prints a line of JSON
 for each compilation. Not for the interpreter's process. The cases share out what there is to cover:
 bfloat16 sizes of real models, with masks and biases, in the largest configuration of the autotuner that fits the GPU;
-float16  sizes of 1 where that can be, which Triton turns into constants, in the same configuration;
-float32  sizes of real models in the smallest configuration, as larger ones take minutes without matrix units.
+float16  sizes of 1 where that can be, which Triton turns into constants, in the smallest configuration;
+float32  the narrowest heads in the smallest configuration, as others take minutes without matrix units.
 """
 
 import importlib
@@ -46,11 +46,16 @@ def sizes(dtype, ones, *real):
     return [ones] if dtype == torch.float16 else real
 
 
+def width(dtype, real):
+    """Channels of a head to compile for in `dtype`."""
+    return 16 if dtype == torch.float32 else real
+
+
 def run_attention(dtype):
     from kernels.attention import attention
 
     masked = dtype == torch.bfloat16
-    for batch, heads, length, dim in sizes(dtype, (1, 1, 1, 1), (2, 4, 64, 32)):
+    for batch, heads, length, dim in sizes(dtype, (1, 1, 1, 1), (2, 4, 64, width(dtype, 32))):
         tensors = [leaf(batch, length, heads, dim, dtype=dtype) for _ in range(3)]
         biases = [leaf(1, heads, length, length, dtype=dtype)] if masked or length == 1 else []
         mask = torch.zeros(batch, 1, length, length, dtype=torch.bool) if masked else None
@@ -64,7 +69,7 @@ def run_window_attention(dtype):
     ones = ((9, 9), (9, 9), None, 1, 1, None)  # a large window has several backward kernels
     swin = ((24, 24), (12, 12), None, 2, 32, (6, 6))
     hi_fi = ((4, 4), (2, 2), None, 2, 32, None)
-    stpt = ((16, 12, 12), (8, 6, 6), (4, 3, 3), 2, 96, None)
+    stpt = ((16, 12, 12), (8, 6, 6), (4, 3, 3), 2, width(dtype, 96), None)
     for grid, window, kv_window, heads, dim, shift in sizes(
         dtype, ones, *([stpt] if dtype == torch.float32 else [swin, hi_fi])
     ):
@@ -76,20 +81,10 @@ def run_window_attention(dtype):
         differentiate(output, *tensors, *biases)
 
 
-def run_hilo(dtype):
-    from kernels.hilo import hilo
-
-    for batch, side, heads, dim in sizes(dtype, (1, 2, 1, 1), (2, 8, 2, 32)):
-        hi_qkv = leaf(batch, side, side, 3, heads, dim, dtype=dtype)
-        lo_q = leaf(batch, side, side, heads, dim, dtype=dtype)
-        lo_kv = leaf(batch, side // 2, side // 2, 2, heads, dim, dtype=dtype)
-        differentiate(hilo(hi_qkv, lo_q, lo_kv, 2), hi_qkv, lo_q, lo_kv)
-
-
 def run_hash_attention(dtype):
     from kernels.hash_attention import hash_attention
 
-    for batch, tokens, heads, bits, dim in sizes(dtype, (1, 1, 1, 1, 1), (2, 256, 2, 16, 64)):
+    for batch, tokens, heads, bits, dim in sizes(dtype, (1, 1, 1, 1, 1), (2, 256, 2, 16, width(dtype, 64))):
         tensors = [leaf(batch, tokens, heads, size, dtype=dtype) for size in (bits, dim)]
         differentiate(hash_attention(*(tensor.transpose(1, 2) for tensor in tensors)), *tensors)
 
@@ -98,7 +93,7 @@ def run_ms_deform_attn(dtype):
     from kernels.ms_deform_attn import ms_deform_attn
 
     ones = (1, 1, 1, 1, 1, [(1, 1)])
-    for batch, queries, heads, dim, points, maps in sizes(dtype, ones, (2, 16, 8, 32, 4, [(4, 4), (2, 2), (1, 1)])):
+    for batch, queries, heads, dim, points, maps in sizes(dtype, ones, (2, 16, 8, 32, 2, [(4, 4), (2, 2)])):
         value = leaf(batch, sum(height * width for height, width in maps), heads, dim, dtype=dtype)
         layout = (batch, queries, heads, len(maps), points)
         locations, weights = leaf(*layout, 2, dtype=torch.float32), leaf(*layout, dtype=dtype)
@@ -170,7 +165,7 @@ def compile_instead_of_running(job):
     def run_until_one_fits(self, *args, **kwargs):
         launch = next(launches)
         configs = sorted(self.configs, key=lambda config: (prod(config.kwargs.values()), config.num_warps))
-        for config in configs if job.endswith("float32") else reversed(configs):
+        for config in reversed(configs) if job.endswith("bfloat16") else configs:
             row = self.fn.run(*args, **kwargs, **config.all_kwargs(), launch=launch)
             if "error" in row or row["fits"]:
                 return
