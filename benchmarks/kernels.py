@@ -283,7 +283,7 @@ def refusal(error: RuntimeError, messages: list[str]) -> str:
     """What PyTorch's attention warned of before it found no kernel to run; else what was raised."""
     said = [message.partition(" (Triggered internally")[0] for message in messages]
     said = [message for message in said if "not used because" not in message and "runtime disabled" not in message]
-    return said[0] if said and "No available kernel" in str(error) else str(error)
+    return said[0] if said and str(error).startswith(("No available kernel", "No viable backend")) else str(error)
 
 
 @contextlib.contextmanager

@@ -59,6 +59,7 @@ class WindowAttentionCase(Case):
     """Maps of `grid` tokens; keys and values are projected with the queries unless `kv_window` reduces them."""
 
     op: ClassVar[str] = "window_attention"
+    yardstick_inputs: ClassVar[tuple[str, ...]] = ("unseen",)
     backward_products: ClassVar[float] = 2.5
     grid: Sizes
     heads: int
@@ -69,7 +70,10 @@ class WindowAttentionCase(Case):
     bias: bool = False
 
     def inputs(self, draw: Draw) -> Inputs:
-        """qkv (B, *grid, 3, heads, d), or q and the reduced k and v; bias (heads, window tokens, window tokens)."""
+        """qkv (B, *grid, 3, heads, d), or q and the reduced k and v; bias (heads, N, N) for windows of N tokens.
+
+        For compositions with a shift, which know it beforehand: unseen (windows, 1, N, N), -inf where a key is hidden.
+        """
         if self.kv_window is None:
             inputs = {"qkv": draw.normal(self.batch, *self.grid, 3, self.heads, self.dim)}
         else:
@@ -79,6 +83,10 @@ class WindowAttentionCase(Case):
             inputs |= {name: draw.normal(self.batch, *kv_grid, self.heads, self.dim) for name in "kv"}
         if self.bias:
             inputs["bias"] = draw.normal(self.heads, math.prod(self.window), math.prod(self.window))
+        if self.shift is not None:
+            crossed = crossed_edge(self.grid, self.window, self.shift, draw.device)
+            inputs["unseen"] = torch.zeros(crossed.shape, dtype=draw.dtype, device=draw.device)
+            inputs["unseen"].masked_fill_(crossed, -torch.inf)
         return inputs
 
     def forward_flops(self) -> float:
@@ -121,9 +129,7 @@ class WindowAttentionCase(Case):
         if self.shift is not None:
             back = tuple(-by for by in self.shift)
             maps = [tokens.roll(back, axes) for tokens in maps]
-            crossed = crossed_edge(self.grid, self.window, self.shift, maps[0].device)  # (windows, 1, N, N)
-            unseen = torch.zeros(crossed.shape, dtype=maps[0].dtype, device=crossed.device)
-            unseen = unseen.masked_fill(crossed, -torch.inf)
+            unseen = inputs["unseen"]
             bias = (unseen if bias is None else bias + unseen).repeat(self.batch, 1, 1, 1)
         q = partition(maps[0], self.window)
         k, v = (partition(tokens, self.kv_window or self.window) for tokens in maps[1:])
