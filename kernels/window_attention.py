@@ -101,6 +101,9 @@ def window_attention(
         sizes = [*geometry.window, *geometry.kv_window, *geometry.shift]
         output: Tensor = torch.ops.frugal.window_attention(q, k, v, bias, sizes, mask_padding, scale)[0]
         return output
+    # Faster without gradients; elsewhere than on the CPU the backends disagree about queries without a key.
+    if bias is not None and q.device.type == "cpu" and not torch.is_grad_enabled():
+        return _attention_sdpa(q, k, v, geometry, bias, scale)
     return _attention_products(q, k, v, geometry, bias, scale)
 
 
@@ -209,6 +212,17 @@ def _attention_products(
     if without_key is not None:
         output = output.masked_fill(without_key, 0)
     return _join(output, q, geometry)
+
+
+def _attention_sdpa(q: Tensor, k: Tensor, v: Tensor, geometry: Geometry, bias: Tensor, scale: float) -> Tensor:
+    """Compute `window_attention` with PyTorch's own."""
+    queries = _cut(q, geometry.window, geometry.shift).flatten(0, 1)  # (B * windows, heads, tokens, d)
+    keys, values = (_cut(x, geometry.kv_window, geometry.shift).flatten(0, 1) for x in (k, v))
+    added, hidden = bias.to(q.dtype)[None], _hidden_keys(geometry, q.device)
+    if hidden is not None:
+        added = added.masked_fill(hidden, -torch.inf).repeat(q.shape[0], 1, 1, 1)
+    output = F.scaled_dot_product_attention(queries, keys, values, attn_mask=added, scale=scale)
+    return _join(output.unflatten(0, (q.shape[0], prod(geometry.windows))), q, geometry)
 
 
 def _cut(x: Tensor, window: Axes, shift: Axes) -> Tensor:

@@ -140,6 +140,7 @@ def test_queries_without_a_key_get_zeros_and_give_no_gradient(setting, grid, ker
     output = call(*leaves[:3], bias=leaves[3])
     assert bool((output[:, 1::2, ::2, 1] == 0).all())
     assert bool((output[:, 1::2, ::2, 0] != 0).all())
+    torch.testing.assert_close(in_inference(*leaves[:3], (2, 2), bias=leaves[3]), output)
     dq, *gradients, dbias = torch.autograd.grad(output.square().sum() + output.sum(), leaves)
     assert all(bool(gradient.isfinite().all()) for gradient in (dq, *gradients, dbias))
     assert bool((dq[:, 1::2, ::2, 1] == 0).all())
@@ -262,11 +263,16 @@ DEFINED = {
 }
 
 
-@pytest.mark.parametrize("function", [window_attention, window_attention_reference])
+def in_inference(*args, **kwargs):
+    with torch.no_grad():
+        return window_attention(*args, **kwargs)
+
+
+@pytest.mark.parametrize("function", [window_attention, window_attention_reference, in_inference])
 @pytest.mark.parametrize("name", DEFINED)
 def test_definition(name, function):
     """One query and one key at a time."""
-    arguments = inputs(head_dim=3, bias=2, **DEFINED[name])
+    arguments = inputs(batch=2, head_dim=3, bias=2, **DEFINED[name])
     arguments = {name: value.double() if torch.is_tensor(value) else value for name, value in arguments.items()}
     q, k, v, bias = (arguments[name] for name in ("q", "k", "v", "bias"))
     grid, kv_grid, window = q.shape[1:-2], k.shape[1:-2], arguments["window"]
@@ -274,7 +280,7 @@ def test_definition(name, function):
     shift = arguments.get("shift", (0,) * len(grid))
     cells = lambda sizes: itertools.product(*map(range, sizes))  # noqa: E731
     expected = torch.zeros(*q.shape[:-1], v.shape[-1], dtype=torch.float64)
-    for cell, head in itertools.product(cells(grid), range(2)):
+    for image, cell, head in itertools.product(range(2), cells(grid), range(2)):
         rolled = [(place - s) % size for place, s, size in zip(cell, shift, grid, strict=True)]
         corner = [place // side for place, side in zip(rolled, window, strict=True)]
         row = sum(
@@ -290,10 +296,10 @@ def test_definition(name, function):
                 continue
             if outside and arguments.get("mask_padding", True):
                 continue
-            score = 0 if outside else 0.7 * (q[(0, *cell, head)] * k[(0, *origin, head)]).sum()
+            score = 0 if outside else 0.7 * (q[(image, *cell, head)] * k[(image, *origin, head)]).sum()
             weights.append((score + bias[head, row, column]).exp())
-            values.append(torch.zeros_like(v[0, 0, 0, 0]) if outside else v[(0, *origin, head)])
-        expected[(0, *cell, head)] = sum(w * x for w, x in zip(weights, values, strict=True)) / sum(weights)
+            values.append(torch.zeros_like(v[0, 0, 0, 0]) if outside else v[(image, *origin, head)])
+        expected[(image, *cell, head)] = sum(w * x for w, x in zip(weights, values, strict=True)) / sum(weights)
     torch.testing.assert_close(function(**arguments, scale=0.7), expected, rtol=1e-12, atol=1e-12)
 
 
