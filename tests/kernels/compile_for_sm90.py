@@ -54,10 +54,10 @@ def width(dtype, real):
 def run_attention(dtype):
     from kernels.attention import attention
 
-    masked = dtype == torch.bfloat16
-    for batch, heads, length, dim in sizes(dtype, (1, 1, 1, 1), (2, 4, 64, width(dtype, 32))):
+    real = [(2, 4, 64, width(dtype, 32), True), *([(2, 4, 64, 32, False)] if dtype == torch.bfloat16 else [])]
+    for batch, heads, length, dim, masked in sizes(dtype, (1, 1, 1, 1, True), *real):
         tensors = [leaf(batch, length, heads, dim, dtype=dtype) for _ in range(3)]
-        biases = [leaf(1, heads, length, length, dtype=dtype)] if masked or length == 1 else []
+        biases = [leaf(1, heads, length, length, dtype=dtype)] if masked else []
         mask = torch.zeros(batch, 1, length, length, dtype=torch.bool) if masked else None
         output = attention(*(tensor.transpose(1, 2) for tensor in tensors), *biases, mask=mask)
         differentiate(output, *tensors, *biases)
@@ -66,18 +66,14 @@ def run_attention(dtype):
 def run_window_attention(dtype):
     from kernels.window_attention import window_attention
 
-    ones = ((9, 9), (9, 9), None, 1, 1, None)  # a large window has several backward kernels
-    swin = ((24, 24), (12, 12), None, 2, 32, (6, 6))
-    hi_fi = ((4, 4), (2, 2), None, 2, 32, None)
-    stpt = ((16, 12, 12), (8, 6, 6), (4, 3, 3), 2, width(dtype, 96), None)
-    for grid, window, kv_window, heads, dim, shift in sizes(
-        dtype, ones, *([stpt] if dtype == torch.float32 else [swin, hi_fi])
-    ):
-        keys = kv_window or window
-        kv_grid = [size // side * by for size, side, by in zip(grid, window, keys, strict=True)]
-        tensors = [leaf(heads, *sides, heads, dim, dtype=dtype) for sides in (grid, kv_grid, kv_grid)]
-        biases = [leaf(heads, prod(window), prod(keys), dtype=dtype)] if prod(window) > 64 else []
-        output = window_attention(*tensors, window, kv_window, *biases, shift=shift)
+    ones = ((9, 9), (9, 9), 1, 1, None)  # a large window has several backward kernels
+    swin = ((24, 24), (12, 12), 2, width(dtype, 32), (6, 6))
+    hi_fi = ((4, 4), (2, 2), 2, 32, None)
+    real = [swin, *([hi_fi] if dtype == torch.bfloat16 else [])]
+    for grid, window, heads, dim, shift in sizes(dtype, ones, *real):
+        tensors = [leaf(heads, *grid, heads, dim, dtype=dtype) for _ in range(3)]
+        biases = [leaf(heads, prod(window), prod(window), dtype=dtype)] if prod(window) > 64 else []
+        output = window_attention(*tensors, window, None, *biases, shift=shift)
         differentiate(output, *tensors, *biases)
 
 
