@@ -10,6 +10,8 @@ from torch import Tensor
 
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None  # takes longer than a small operation
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Asked once: torch.compile of PyTorch 2.11 cannot trace the question.
+AUTOCAST_DEVICES = frozenset(kind for kind in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(kind))
 
 Implementation = Literal["reference", "triton"]
 
@@ -44,7 +46,7 @@ def cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     As for `scaled_dot_product_attention`, float64 and integers stay what they are.
     """
     device = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if device not in AUTOCAST_DEVICES or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(tensor.to(dtype) if tensor.dtype in KERNEL_DTYPES else tensor for tensor in tensors)
@@ -53,4 +55,4 @@ def cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
     """Return a context in which `torch.autocast` leaves functions of tensors on the device of `tensor` alone."""
     device = tensor.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    return torch.autocast(device, enabled=False) if device in AUTOCAST_DEVICES else nullcontext()
