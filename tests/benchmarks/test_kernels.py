@@ -189,6 +189,19 @@ def test_gradients_are_checked(monkeypatch, tmp_path):
     assert passes[BOTH]["candidates"]["other"] == {"wrong": "gradient of x: relative error 0.5"}
 
 
+def test_the_forward_pass_is_that_of_inference(monkeypatch, tmp_path):
+    seen = []
+
+    def run(inputs):
+        seen.append((inputs["x"].requires_grad, torch.is_grad_enabled()))
+        return 2 * inputs["x"]
+
+    monkeypatch.setitem(OPS, "doubling", [Doubling(name="case", batch=2, others=(("other", Candidate(run)),))])
+    measured(tmp_path, "--op", "doubling")
+    assert set(seen[: len(seen) // 2]) == {(False, False)}
+    assert set(seen[len(seen) // 2 :]) == {(True, True)}
+
+
 def test_an_op_that_fails_does_not_end_the_run(monkeypatch, tmp_path):
     monkeypatch.setattr(Doubling, "inputs", lambda self, draw: raising(ImportError("no module"))({}))
     monkeypatch.setitem(OPS, "doubling", [Doubling(name="case", batch=2)])
