@@ -1,0 +1,32 @@
+"""What the Lightning callbacks of all efficiency methods share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+
+class EfficiencyCallback(Callback):
+    """A method that changes a network before anything is made of it: its optimizer, moving average or DDP wrapper.
+
+    Subclasses define `convert` and, for a table of their name in the report, `report_rows`. A network is converted once,
+    whatever number of stages a run has. A checkpoint of a converted network is restored into the converted network.
+    """
+
+    def __init__(self) -> None:
+        self._converted: LightningModule | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Convert the network of the module."""
+        if self._converted is not pl_module:
+            self.convert(pl_module)
+            self._converted = pl_module
+
+    def convert(self, module: LightningModule) -> None:
+        """Change `module.network` in place. Raises ValueError for a network that the method does not fit."""
+        raise NotImplementedError
+
+    def report_rows(self) -> Sequence[tuple[str, str | int | float]]:
+        """What the run's report says of the method: (what, value)."""
+        return ()
