@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from backbones.attention_keys import exchange_attention
 from backbones.keys import BACKBONE_TABLES, BUFFERS, CLASSIFIER, COMPUTED, Table
 from backbones.positions import resize_positions
 
@@ -131,14 +132,15 @@ def load_checkpoint(
 ) -> LoadReport:
     """Load a weight file into `model` under the key table, of those in `tables`, by which the most tensors fit.
 
-    Position tables of another window or image size are resized. Tensors of another shape (a head for other classes)
-    are left out with a warning. Raises CheckpointError, before anything is changed, when less than
+    Position tables of another window or image size are resized; projections of softmax attention become those of the
+    kind of attention that the model has (`backbones.attention_keys`). Tensors of another shape (a head for other
+    classes) are left out with a warning. Raises CheckpointError, before anything is changed, when less than
     `min_backbone_match` of the tensors of ``model.backbone`` (of the model if it has no such child) fit.
     """
     path = Path(path)
     state_dict = rename(read_state_dict(path), BUFFERS)
     target = model.state_dict()
-    layout, renamed = _best_layout(state_dict, target, tables)
+    layout, renamed, replaced = _best_layout(state_dict, target, tables)
     fitting: dict[str, Tensor] = {}
     mismatched: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
     for name in renamed.keys() & target.keys():
@@ -157,7 +159,7 @@ def load_checkpoint(
         missing=[name for name in target if name not in renamed and not name.endswith(COMPUTED)],
         unexpected=[name for name in unused if name not in ignored],
         mismatched={name: mismatched[name] for name in target if name in mismatched},
-        ignored=[*ignored, *dropped],
+        ignored=[*ignored, *replaced, *dropped],
     )
     _require_backbone(report, target, min_backbone_match)
     if report.mismatched:
@@ -189,19 +191,19 @@ def _require_backbone(report: LoadReport, target: Mapping[str, Tensor], min_matc
 
 def _best_layout(
     state_dict: Mapping[str, Tensor], target: Mapping[str, Tensor], tables: Mapping[str, Table]
-) -> tuple[str, dict[str, Tensor]]:
-    best: tuple[int, str, dict[str, Tensor]] | None = None
+) -> tuple[str, dict[str, Tensor], list[str]]:
+    best: tuple[int, str, dict[str, Tensor], list[str]] | None = None
     for layout, table in tables.items():
         try:
-            renamed = rename(state_dict, table)
+            renamed, replaced = exchange_attention(rename(state_dict, table), target)
         except CheckpointError:
             continue  # two keys with one name: the file has another layout
         fit = sum(name in target and tensor.shape == target[name].shape for name, tensor in renamed.items())
         if best is None or fit > best[0]:
-            best = fit, layout, renamed
+            best = fit, layout, renamed, replaced
     if best is None:
         raise CheckpointError("no key table was given")
-    return best[1], best[2]
+    return best[1:]
 
 
 # -- containers -----------------------------------------------------------------------------------------------------
