@@ -6,7 +6,7 @@ import pickle
 import re
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -96,7 +96,7 @@ class LoadReport:
 
     `layout` names the key table that fitted. `mismatched` maps a name to the shapes in the file and in the model; these
     tensors, like the `missing` ones, keep their initial values. `ignored` are names of the file that the model has no
-    use for: classifiers and other heads. Tables that a network computes by itself are not mentioned.
+    use for: classifiers and other heads, ranges of Mesa. Tables that a network computes by itself are not mentioned.
     """
 
     path: Path
@@ -140,6 +140,8 @@ def load_checkpoint(
     path = Path(path)
     state_dict = rename(read_state_dict(path), BUFFERS)
     target = model.state_dict()
+    ranges = ranges_of_mesa(state_dict)
+    state_dict = {name: tensor for name, tensor in state_dict.items() if name not in ranges}
     layout, renamed, replaced = _best_layout(state_dict, target, tables)
     fitting: dict[str, Tensor] = {}
     mismatched: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
@@ -167,6 +169,18 @@ def load_checkpoint(
         warnings.warn(f"{path}: not loaded because of their shape: {first_names(shapes)}", stacklevel=2)
     model.load_state_dict(fitting, strict=False)
     return report
+
+
+def ranges_of_mesa(names: Iterable[str]) -> list[str]:
+    """Those of `names` that are running ranges of the official Mesa (arXiv 2111.11124); its networks are plain else.
+
+    ``iteration``, ``clip_val`` and ``shift`` of one layer, or of its operands ``quant1`` and ``quant2``.
+    """
+    present = set(names := list(names))
+    layers = {name.removesuffix("clip_val") for name in names if re.search(r"(^|\.)clip_val$", name)}
+    parts = [{layer + part for part in ("iteration", "clip_val", "shift")} for layer in layers]
+    ranges = {name for triple in parts if triple <= present for name in triple}
+    return [name for name in names if name in ranges]
 
 
 def _of_other_heads(names: Sequence[str], target: Mapping[str, Tensor]) -> list[str]:
