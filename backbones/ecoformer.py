@@ -111,9 +111,9 @@ class EcoFormerAttention(nn.Module):
     def forward(self, x: Tensor, size: Any = None, **masks: Any) -> Tensor:
         """(B, N, C) to (B, N, C). The `size` of the map that some blocks pass on is not needed, masks must be unset."""
         refuse_masks(self, masks)
-        value = self._heads(self.to_v(x))
+        unit, value = self.unit_queries(x), self._heads(self.to_v(x))
         with full_precision(x):
-            codes = StraightThroughSign.apply(self.hashing(self.unit_queries(x)))
+            codes = StraightThroughSign.apply(self.hashing(unit))
             out = hash_attention(codes, value)
         return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
 

@@ -20,7 +20,15 @@ Kind = Literal["ecoformer", "msa"]
 LAST_STAGE = 3  # keeps softmax attention
 
 
-class PVTv2(pvt_v2.PyramidVisionTransformerV2):
+class _NoInitOnMeta(nn.Module):
+    """timm's initial weights take seconds on the meta device, where there are none."""
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if not any(parameter.is_meta for parameter in module.parameters(recurse=False)):
+            super()._init_weights(module)  # type: ignore[misc]
+
+
+class PVTv2(_NoInitOnMeta, pvt_v2.PyramidVisionTransformerV2):
     """PVTv2 with attention of another kind and no spatial reduction, for images of any size.
 
     `attention` is ``"ecoformer"`` in all stages but the last, or ``"msa"`` in all; `num_bits` and `num_anchors` are
@@ -51,16 +59,17 @@ class PVTv2(pvt_v2.PyramidVisionTransformerV2):
         return {"stem": r"^patch_embed", "blocks": blocks}
 
 
-class TwinsSVT(twins.Twins):
+class TwinsSVT(_NoInitOnMeta, twins.Twins):
     """Twins-SVT with attention of another kind in place of windows and sub-sampling, for images of any size.
 
-    Options are those of `PVTv2`.
+    Options are those of `PVTv2`; an ``img_size`` means nothing.
     """
 
     def __init__(
         self, attention: Kind = "ecoformer", num_bits: int = 16, num_anchors: int = 25, **options: Any
     ) -> None:
-        super().__init__(**{**options, "sr_ratios": (1, 1, 1, 1), "wss": None, "block_cls": TwinsBlock})
+        fixed = {"img_size": 224, "sr_ratios": (1, 1, 1, 1), "wss": None, "block_cls": TwinsBlock}
+        super().__init__(**{**options, **fixed})
         for index, stage in enumerate(self.blocks):
             for block in stage:  # type: ignore[union-attr]
                 block.attn = exchanged(block.attn, attention, index, num_bits, num_anchors)

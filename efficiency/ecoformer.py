@@ -118,8 +118,8 @@ class _FitOnce:
         anchor_index = torch.randperm(tokens.shape[1])[: hashing.A.shape[2]]
         distributed = dist.is_available() and dist.is_initialized()
         if not distributed or dist.get_rank() == 0:
+            unit = layer.unit_queries(tokens)
             with full_precision(tokens):
-                unit = layer.unit_queries(tokens)
                 try:
                     fit_hash_functions(hashing, unit, anchor_index.to(tokens.device), self.topk)
                 except ValueError as error:

@@ -46,11 +46,11 @@ def count_operations(network: nn.Module, size: Sequence[int]) -> dict[str, Opera
     Attention layers stand for their products and hashing; their projections have names of their own. Nothing is
     computed: the network runs on the meta device. Of softmax attention the layers of `backbones.attention` are known.
     """
-    shadow = copy.deepcopy(network).to("meta").eval()
+    shadow = copy.deepcopy(network).to("meta", torch.float32).eval()
     counted: dict[str, Operations] = {}
     for name, module in shadow.named_modules():
         if (formula := _formula(module)) is not None:
-            module.register_forward_hook(_adding(counted, name, formula), with_kwargs=False)
+            module.register_forward_hook(_adding(counted, name, formula))
     with torch.no_grad():
         shadow(torch.empty(tuple(size), device="meta"))
     return counted
