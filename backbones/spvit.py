@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from timm.layers import resample_abs_pos_embed, to_2tuple, trunc_normal_
-from timm.models import checkpoint, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from backbones.lit_stages import PatchEmbedding
@@ -24,7 +24,7 @@ from backbones.spvit_architecture import (
     Architecture,
     Mixer,
 )
-from backbones.spvit_layers import BottleneckConv, MixerBlock, Passed, SplitAttention
+from backbones.spvit_layers import BottleneckConv, MixerBlock, Passed, SplitAttention, checkpointed
 from backbones.spvit_swin import SPViTSwin
 from backbones.staged import StagedClassifier, Stages
 
@@ -104,14 +104,14 @@ class DeiTStages(Stages):
         """Maps (B, H / p, W / p, C) behind the blocks for an image (B, C_in, H, W), and the last block's tokens."""
         x = self.patch_embed(image)
         grid = x.shape[1:3]
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x.flatten(1, 2)], dim=1)
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x.flatten(1, 2)], dim=1)
         positions = self.pos_embed
         if grid != self.grid:
             positions = resample_abs_pos_embed(positions, list(grid), list(self.grid), num_prefix_tokens=1)
         x, maps = x + positions, []
         for block in self.blocks:
-            checkpointed = self.grad_checkpointing and torch.is_grad_enabled()
-            x = checkpoint(block, x, grid) if checkpointed else block(x, grid)
+            recompute = self.grad_checkpointing and torch.is_grad_enabled()
+            x = checkpointed(block, x, grid) if recompute else block(x, grid)
             maps.append(x[:, 1:].unflatten(1, grid))
         return maps, x
 

@@ -2,13 +2,15 @@
 weights, and the block around either. State-dict keys are those of the official repository.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from backbones.spvit_architecture import CENTRE
 from kernels.attention import attention
@@ -145,3 +147,22 @@ class Passed(nn.Module):
     def forward(self, x: Tensor, where: Any) -> Tensor:
         """`x`."""
         return x
+
+
+def checkpointed(block: nn.Module, *args: Any) -> Tensor:
+    """``block(*args)``, computed again in the backward pass; batch norms see the batch once."""
+    return checkpoint(block, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), _unchanged_norms(block)))
+
+
+@contextmanager
+def _unchanged_norms(block: nn.Module) -> Iterator[None]:
+    norms = [module for module in block.modules() if isinstance(module, nn.BatchNorm2d)]
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    try:
+        for norm in norms:
+            norm.momentum = 0.0
+            norm.num_batches_tracked = None if norm.num_batches_tracked is None else norm.num_batches_tracked.clone()
+        yield
+    finally:
+        for norm, (momentum, count) in zip(norms, before, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, count

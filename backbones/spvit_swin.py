@@ -12,13 +12,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import to_2tuple, trunc_normal_
-from timm.models import checkpoint
 from torch import Tensor, nn
 
 from backbones.lit_stages import PatchEmbedding
 from backbones.positions import relative_index
 from backbones.spvit_architecture import SWIN_T, TAPS, WINDOW, Architecture, Mixer
-from backbones.spvit_layers import BottleneckConv, MixerBlock, Passed, SplitAttention
+from backbones.spvit_layers import BottleneckConv, MixerBlock, Passed, SplitAttention, checkpointed
 from backbones.staged import StagedClassifier, Stages
 from backbones.swin import PatchMerging, shifted_window_mask
 
@@ -68,13 +67,13 @@ class WindowAttention(SplitAttention):
     def forward(self, x: Tensor, where: Windows) -> Tensor:
         """(B, H, W, C) to the same shape."""
         windows = where.split(x)
-        mixed = self.attend(windows.flatten(1, 2), self.bias(len(windows), where.mask))
+        mixed = self.attend(windows.flatten(1, 2), self.bias(windows.shape[0], where.mask))
         return where.join(mixed.view(windows.shape))
 
     def bias(self, count: int, mask: Tensor | None) -> Tensor:
         """What is added to the scores of `count` windows: (1 or count, heads, N, N)."""
         bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)[None]
-        return bias if mask is None else (bias + mask[:, None]).repeat(count // len(mask), 1, 1, 1)
+        return bias if mask is None else (bias + mask[:, None]).repeat(count // mask.shape[0], 1, 1, 1)
 
 
 class WindowConv(BottleneckConv):
@@ -109,7 +108,8 @@ class MixerStage(nn.Module):
             )
         for i, block in enumerate(self.blocks):
             where = shifted if i % 2 else plain
-            x = checkpoint(block, x, where) if self.grad_checkpointing and torch.is_grad_enabled() else block(x, where)
+            recompute = self.grad_checkpointing and torch.is_grad_enabled()
+            x = checkpointed(block, x, where) if recompute else block(x, where)
         return x
 
 

@@ -146,5 +146,5 @@ class GatedWindowAttention(Gated, WindowAttention):
         """(B, H, W, C) to the same shape."""
         windows = where.split(x)
         small, large = self.convolutions(x, windows)
-        mixed = self.attend(windows.flatten(1, 2), self.bias(len(windows), where.mask)).view(windows.shape)
+        mixed = self.attend(windows.flatten(1, 2), self.bias(windows.shape[0], where.mask)).view(windows.shape)
         return self.choose(small, where.join(large), where.join(mixed))

@@ -21,7 +21,9 @@ from backbones.published import PUBLISHED
 
 REGISTERED = [name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("backbones.")]
 # Networks that differ from those here in nothing but what `SMALL` overrides.
-LARGER = r"pvt_v2_b[1-4]_.*|twins_svt_(base|large)_.*"
+LARGER = r"pvt_v2_b[1-4]_.*|twins_svt_(base|large)_.*|spvit_(deit|swin)_(sm|bs)_.*"
+# Networks of any architecture, of which there are no published ones.
+GENERAL = {"spvit_deit", "spvit_swin"}
 NAMES = [name for name in REGISTERED if not re.fullmatch(LARGER, name)]
 BLOCK = r"(?:(?:layers|stages)\.\d+\.)?(?<!pos_)blocks?\d*(?:\.\d+)+"
 LIT_SIZES = {"depths": (1, 1, 2, 2)}
@@ -33,6 +35,22 @@ SMALL = {
     "TwinsSVT": {**LIT_SIZES, "embed_dims": (8, 16, 24, 32), "num_heads": (1, 2, 3, 4), "mlp_ratios": (2, 2, 2, 2)},
     "LITTi": {**LIT_SIZES, "embed_dims": (8, 16, 24, 32), "num_heads": (1, 1, 2, 4)},
 }
+MIXERS = ("1x1", "3x3", "skip", "msa")
+BLOCKS = [{"mixer": mixer, "width": width} for mixer, width in zip(MIXERS, (32, 24, 16, 8), strict=True)]
+SPVIT = {"alpha": 1.0, "mlp_ratio": 2.0, "embed_dim": 24}
+SMALL |= {
+    "SPViTDeiT": {
+        "architecture": {
+            "family": "deit", "depths": [4], "num_heads": [2], "patch_size": 8, "blocks": BLOCKS, **SPVIT
+        }
+    },
+    "SPViTSwin": {
+        "architecture": {
+            "family": "swin", "depths": [2, 2, 1, 1], "num_heads": [2, 2, 3, 4], "patch_size": 4,
+            "blocks": [*BLOCKS, *BLOCKS[1::2]], **SPVIT,
+        }
+    },
+}  # fmt: skip
 CLASS_OF = {}
 for _name in NAMES:
     with torch.device("meta"):
@@ -59,7 +77,7 @@ def image(height=64, width=None, batch=2):
 
 
 def test_every_network_is_published_and_the_other_way_round():
-    assert sorted(REGISTERED) == sorted(PUBLISHED)
+    assert sorted(REGISTERED) == sorted([*PUBLISHED, *GENERAL])
 
 
 # -- sizes and gradients ----------------------------------------------------------------------------------------------
@@ -140,7 +158,9 @@ def test_features_only(name):
         if str(model.output_fmt.value) == "NLC":
             assert feature.shape[::2] == (2, width)
         else:
-            size = [-(-side // stride) if CLASS_OF[name] == "PVTv2" else side // stride for side in (70, 90)]
+            size = [
+                -(-side // stride) if CLASS_OF[name] in ("PVTv2", "SPViTSwin") else side // stride for side in (70, 90)
+            ]
             assert feature.shape == (2, width, *size)
     chosen = make(name, features_only=True, out_indices=(0, 1))
     assert [f.shape for f in chosen(image())] == [
@@ -238,7 +258,7 @@ def test_layer_wise_learning_rates_and_weight_decay(name):
     keys = {key for key, _ in model.named_parameters()}
     expected = {
         "HVT": r"(.*\.)?pos_embed", "LIT": r".*relative_position_bias_table", "LITTi": r"cls_token",
-        "TwinsSVT": r"pos_block.*",
+        "TwinsSVT": r"pos_block.*", "SPViTDeiT": r"cls_token|pos_embed", "SPViTSwin": r".*relative_position_bias_table",
     }  # fmt: skip
     assert exempt == {key for key in keys if re.fullmatch(expected.get(CLASS_OF[name], "none"), key)}
     groups = param_groups_layer_decay(model, weight_decay=0.05, no_weight_decay_list=exempt, layer_decay=0.5)
@@ -321,6 +341,8 @@ def test_weights_survive_a_file(name, tmp_path):
 
 def shallow(name):
     """The network with as few blocks as it has ways to go through them."""
+    if CLASS_OF[name].startswith("SPViT"):
+        return make(name)
     return make(name, **({"depth": 2} if CLASS_OF[name] == "HVT" else {"depths": (1, 1, 1, 1)}))
 
 
