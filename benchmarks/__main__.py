@@ -1,20 +1,23 @@
-"""``python -m benchmarks {backbones}``: measurements on this machine, side by side with peers."""
+"""``python -m benchmarks {backbones,ecoformer,memory}``: measurements on this machine, side by side with peers."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 
-from benchmarks import backbones
+from benchmarks import backbones, ecoformer, memory
+
+BENCHMARKS = {"backbones": backbones, "ecoformer": ecoformer, "memory": memory}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one benchmark; 2 and one line on stderr for options it cannot run with."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    backbones.add_arguments(commands.add_parser("backbones", help=backbones.__doc__))
+    for name, benchmark in BENCHMARKS.items():
+        benchmark.add_arguments(commands.add_parser(name, help=benchmark.__doc__))
     arguments = parser.parse_args(argv)
     try:
-        backbones.run(arguments)
+        BENCHMARKS[arguments.command].run(arguments)
     except (ValueError, RuntimeError, OSError) as error:
         print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2

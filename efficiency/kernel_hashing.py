@@ -109,27 +109,26 @@ class _Residual:
         self.similarity, self.num_bits = similarity, num_bits
         batch, heads, num_tokens = similarity.shape
         self.scale = -1 / (num_tokens * num_bits * batch * heads)
-        self.found: list[Tensor] = []
+        self.codes = similarity.weight.new_empty(*similarity.shape, 0)  # (B, heads, N, bits so far)
 
-    def times(self, y: Tensor) -> Tensor:
-        """R y."""
-        return self.num_bits * self.similarity.times(y) - self._found_times(y)
+    def add(self, y: Tensor) -> None:
+        """Note the codes (B, heads, N) of one more bit."""
+        self.codes = torch.cat((self.codes, y.unsqueeze(-1)), dim=-1)
 
     def loss(self, y: Tensor) -> float:
         """The loss of codes y (B, heads, N)."""
-        return self.scale * float((y * self.times(y)).sum())
+        product = self.num_bits * self.similarity.times(y) - self._codes_times(y)
+        return self.scale * float((y * product).sum())
 
     def loss_and_gradient(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss and its derivative with respect to y; R need not be symmetric."""
-        product = self.times(y)
-        transposed = self.num_bits * self.similarity.transposed_times(y) - self._found_times(y)
+        """The loss and its derivative with respect to y; S, and so R, is not symmetric."""
+        codes = self._codes_times(y)
+        product = self.num_bits * self.similarity.times(y) - codes
+        transposed = self.num_bits * self.similarity.transposed_times(y) - codes
         return self.scale * (y * product).sum(), self.scale * (product + transposed)
 
-    def _found_times(self, y: Tensor) -> Tensor:
-        if not self.found:
-            return torch.zeros_like(y)
-        codes = torch.stack(self.found, dim=-1)  # (B, heads, N, bits so far)
-        return (codes @ (codes.transpose(-2, -1) @ y.unsqueeze(-1))).squeeze(-1)
+    def _codes_times(self, y: Tensor) -> Tensor:
+        return (self.codes @ (self.codes.transpose(-2, -1) @ y.unsqueeze(-1))).squeeze(-1)
 
 
 def _fit_bits(projections: Tensor, kernel: Tensor, similarity: SignedNeighbours, learning_rate: float) -> list[BitFit]:
@@ -144,7 +143,7 @@ def _fit_bits(projections: Tensor, kernel: Tensor, similarity: SignedNeighbours,
             raise ValueError(f"the hash function of bit {bit} is not finite any more")
         if fit.accepted:
             projections[:, bit] = candidate
-        residual.found.append(new if fit.accepted else old)
+        residual.add(new if fit.accepted else old)
         trace.append(fit)
     return trace
 
