@@ -19,7 +19,7 @@ from backbones.positions import relative_index
 from backbones.spvit_architecture import SWIN_T, TAPS, WINDOW, Architecture, Mixer
 from backbones.spvit_layers import BottleneckConv, MixerBlock, Passed, SplitAttention, checkpointed
 from backbones.staged import StagedClassifier, Stages
-from backbones.swin import PatchMerging, shifted_window_mask
+from backbones.swin import PatchMerging
 
 EPS = 1e-5
 
@@ -37,9 +37,25 @@ class Windows:
     shift: int
     mask: Tensor | None
 
+    @classmethod
+    def shifted(cls, x: Tensor, side: int) -> "Windows":
+        """Windows of a map `x` (B, H, W, C) that is shifted by half a window.
+
+        The mask is -100 between tokens that were not neighbours before the shift, because one came around an edge.
+        """
+        height, width = x.shape[1:3]
+        shift, axes = side // 2, []
+        for length in (height, width):
+            padded = length + -length % side
+            position = torch.arange(padded, device=x.device)
+            axes.append((position >= padded - side).long() + (position >= padded - shift))
+        region = cls(height, width, side, 0, None).split((3 * axes[0][:, None] + axes[1])[None, ..., None]).flatten(1)
+        blocked = region[:, None, :] != region[:, :, None]  # (windows, N, N)
+        return cls(height, width, side, shift, torch.zeros_like(blocked, dtype=x.dtype).masked_fill(blocked, -100.0))
+
     def split(self, x: Tensor) -> Tensor:
         """(B, H, W, C) to (B * windows, side, side, C)."""
-        x = F.pad(x, (0, 0, 0, -self.width % self.side, 0, -self.height % self.side))
+        x = F.pad(x, (0, 0, 0, -x.shape[2] % self.side, 0, -x.shape[1] % self.side))
         if self.shift:
             x = x.roll((-self.shift, -self.shift), dims=(1, 2))
         return x.unflatten(2, (-1, self.side)).unflatten(1, (-1, self.side)).transpose(2, 3).flatten(0, 2)
@@ -103,9 +119,7 @@ class MixerStage(nn.Module):
         height, width = x.shape[1:3]
         plain = shifted = Windows(height, width, self.side, 0, None)
         if min(height, width) > self.side:
-            shifted = Windows(
-                height, width, self.side, self.side // 2, shifted_window_mask(height, width, self.side, x)
-            )
+            shifted = Windows.shifted(x, self.side)
         for i, block in enumerate(self.blocks):
             where = shifted if i % 2 else plain
             recompute = self.grad_checkpointing and torch.is_grad_enabled()
