@@ -25,7 +25,7 @@ from efficiency.saved_bytes import COUNTING, Exact, SavedBytes, id_of_storage, k
 from kernels.quantize import RunningRange, dequantize, quantize, update_range
 
 MIN_SIZE = 1024  # numbers; smaller tensors are not worth their ranges
-SEEDS = 256  # drawn at a time
+SEEDS = 64  # drawn at a time
 TINY = 1e-12  # keeps the deviation of a constant row from zero
 COORDINATES = 3  # so few numbers in a row are a place or a statistic, and no features
 LONG_ROW = 256  # neighbours of one group from which on rows, not columns, are the faster layout
@@ -264,8 +264,6 @@ class Compressor:
         groups = groups_of(tensor.shape, layer, self.num_groups, self.group_size)
         if groups.width <= COORDINATES and layer.tag != "relu" and not self.upstream:
             return None
-        for tally in tallies:
-            tally.see(tensor, layer.tag)
         # A transposed or reshaped view of the same memory finds the codes of the first one.
         strides = tensor.stride()
         by_stride = sorted(range(tensor.ndim), key=lambda dim: -strides[dim])
@@ -282,7 +280,7 @@ class Compressor:
                 packed = self._encode(memory, by_stride.index(groups.dim), groups, layer)
             self._shared[key] = weakref.ref(packed)
             for tally in tallies:
-                tally.kept[layer.tag] += packed.nbytes
+                tally.kept[tally.see(tensor, layer.tag)] += packed.nbytes
         return Kept(packed, tensor.dtype, memory.shape, [by_stride.index(dim) for dim in range(tensor.ndim)])
 
     def _is_activation(self, tensor: Tensor, layer: Layer) -> bool:

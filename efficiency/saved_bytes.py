@@ -18,8 +18,9 @@ COUNTING: list[SavedBytes] = []  # tallies that count at the moment; Mesa's hook
 class SavedBytes:
     """Bytes by the kind of layer that keeps them, parameters and buffers of `network` left out.
 
-    Memory that several tensors share counts once, as a whole. `plain` is what the saved tensors take as they are,
-    `kept` what is really kept: the same without Mesa, its codes and ranges and the tensors it leaves alone with it.
+    Memory that several tensors share counts once, as a whole, for the first layer that keeps any. `plain` is what the
+    saved tensors take as they are, `kept` what is really kept: the same without Mesa, its codes and ranges and the
+    tensors it leaves alone with it.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -27,20 +28,20 @@ class SavedBytes:
         self.kept: dict[str, int] = defaultdict(int)
         self.permanent = {id_of_storage(tensor) for tensor in (*network.parameters(), *network.buffers())}
         # References that do not keep the memory, but keep others from getting its number.
-        self._seen: dict[int, StorageWeakRef] = {}
+        self._seen: dict[int, tuple[StorageWeakRef, str]] = {}
         self._exact: set[int] = set()
 
-    def see(self, tensor: Tensor, kind: str) -> int:
-        """Count a saved tensor in `plain`; returns the number of its storage."""
+    def see(self, tensor: Tensor, kind: str) -> str:
+        """Count a saved tensor in `plain`, unless its memory is known; returns the kind under which it is."""
         number = id_of_storage(tensor)
         if number not in self.permanent and number not in self._seen:
-            self._seen[number] = StorageWeakRef(tensor.untyped_storage())
+            self._seen[number] = StorageWeakRef(tensor.untyped_storage()), kind
             self.plain[kind] += tensor.untyped_storage().nbytes()
-        return number
+        return self._seen[number][1] if number in self._seen else kind
 
     def keep(self, tensor: Tensor, kind: str) -> None:
         """Count a saved tensor in both, as one kept as it is."""
-        number = self.see(tensor, kind)
+        number, kind = id_of_storage(tensor), self.see(tensor, kind)
         if number not in self.permanent and number not in self._exact:
             self._exact.add(number)
             self.kept[kind] += tensor.untyped_storage().nbytes()
@@ -112,3 +113,8 @@ def count_saved_bytes(network: nn.Module) -> Iterator[SavedBytes]:
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     """Mixed precision in `dtype`, none for float32."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def megabytes(count: int) -> str:
+    """A number of bytes for people."""
+    return f"{count / 1e6:.1f} MB"
