@@ -20,7 +20,7 @@ def refuse_masks(layer: nn.Module, masks: Mapping[str, Any]) -> None:
 class GlobalAttention(timm.layers.Attention):
     """timm's multi-head self-attention with its options ``num_heads`` and ``qkv_bias``, by `kernels.attention`."""
 
-    def forward(self, x: Tensor, size: Any = None, **masks: Any) -> Tensor:
+    def forward(self, x: Tensor, size: Any = None, **masks: Any) -> Tensor:  # type: ignore[override]
         """(B, L, C) to (B, L, C). The `size` of the map that some blocks pass on is not needed, masks must be unset."""
         refuse_masks(self, masks)
         q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)

@@ -39,8 +39,9 @@ class PVTv2(_NoInitOnMeta, pvt_v2.PyramidVisionTransformerV2):
         self, attention: Kind = "ecoformer", num_bits: int = 16, num_anchors: int = 25, **options: Any
     ) -> None:
         super().__init__(**{**options, "sr_ratios": 1})
-        for index, stage in enumerate(self.stages):
-            for block in stage.blocks:  # type: ignore[union-attr]
+        stages: Any = self.stages
+        for index, stage in enumerate(stages):
+            for block in stage.blocks:
                 block.attn = exchanged(block.attn, attention, index, num_bits, num_anchors)
 
     def no_weight_decay(self) -> set[str]:
@@ -70,15 +71,16 @@ class TwinsSVT(_NoInitOnMeta, twins.Twins):
     ) -> None:
         fixed = {"img_size": 224, "sr_ratios": (1, 1, 1, 1), "wss": None, "block_cls": TwinsBlock}
         super().__init__(**{**options, **fixed})
-        for index, stage in enumerate(self.blocks):
-            for block in stage:  # type: ignore[union-attr]
+        stages: Any = self.blocks
+        for index, stage in enumerate(stages):
+            for block in stage:
                 block.attn = exchanged(block.attn, attention, index, num_bits, num_anchors)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Compute the activations of blocks again in the backward pass."""
-        for stage in self.blocks:
-            for block in stage:  # type: ignore[union-attr]
-                block.grad_checkpointing = enable
+        for module in self.modules():
+            if isinstance(module, TwinsBlock):
+                module.grad_checkpointing = enable
 
 
 class TwinsBlock(twins.Block):
@@ -131,7 +133,7 @@ VARIANTS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     for name, (cls, size) in SIZES.items()
     for kind in ("msa", "ecoformer")
 }
-FIRST_CONV = {PVTv2: "patch_embed.proj", TwinsSVT: "patch_embeds.0.proj"}
+FIRST_CONV: dict[type[nn.Module], str] = {PVTv2: "patch_embed.proj", TwinsSVT: "patch_embeds.0.proj"}
 
 default_cfgs = generate_default_cfgs(
     {name: imagenet_cfg(first_conv=FIRST_CONV[cls]) for name, (cls, _) in VARIANTS.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
@@ -49,7 +49,9 @@ class EcoFormer(EfficiencyCallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Convert the network; raises ValueError for a refit under a moving average."""
-        if self.refit_every and any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks):
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        averaged = getattr(pl_module, "ema_decay", None) or any(isinstance(c, WeightAveraging) for c in callbacks)
+        if self.refit_every and averaged:
             raise ValueError(
                 "EcoFormer: refit_every and a moving average of the weights exclude each other, since an average of "
                 "old and new hash functions is neither; leave out refit_every or ema_decay"

@@ -1,11 +1,8 @@
 """EcoFormer in a training: when it fits, what a checkpoint holds, what the report says, several processes."""
 
-from pathlib import Path
-
 import pytest
 import timm
 import torch
-import yaml
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch.nn.functional import cross_entropy
@@ -153,25 +150,30 @@ def test_two_processes_have_the_functions_of_the_first(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", ["classification"])
-def test_any_task_takes_it_in_three_lines(task, run_cli, tiny_classifier_config, tiny_digits, tmp_path):
-    changes = {
-        "model.init_args.backbone_options": {"patch_size": 4},
-        "trainer.callbacks": [{"class_path": "efficiency.EcoFormer", "init_args": {"num_anchors": 8}}],
-        "trainer.default_root_dir": str(tmp_path / "runs"),
-    }
-    config = tiny_classifier_config(tiny_digits, changes=changes)
+@pytest.mark.parametrize("task", ["classification", "segmentation"])
+def test_any_task_takes_it_in_three_lines(task, run_cli, request, tmp_path):
+    callback = {"class_path": "efficiency.EcoFormer", "init_args": {"num_anchors": 8}}
+    changes = {"trainer.callbacks": [callback], "trainer.default_root_dir": str(tmp_path / "runs")}
+    if task == "classification":
+        write, data = request.getfixturevalue("tiny_classifier_config"), request.getfixturevalue("tiny_digits")
+        changes["model.init_args.backbone_options"] = {"patch_size": 4}
+    else:
+        write, data = request.getfixturevalue("tiny_config"), request.getfixturevalue("tiny_ade20k")
+        changes["model.init_args.backbone"] = "pvt_v2_b0"
+    config = write(data, changes=changes)
     outcome = run_cli("fit", "-c", config)
     assert outcome.code == 0, outcome.err
+    assert "fitting the hash functions of" in outcome.err
     report = next((tmp_path / "runs").rglob("report.md")).read_text()
     assert "## EcoFormer" in report
-    assert "additions" in report
+    assert "energy before the conversion" in report
     best = next((tmp_path / "runs").rglob("best.ckpt"))
     outcome = run_cli("validate", "-c", config, "--ckpt_path", best)
     assert outcome.code == 0, outcome.err
-    options = yaml.safe_load(Path(config).read_text())
-    options["model"]["init_args"] |= {"backbone": "test_resnet", "backbone_options": None}
-    (tmp_path / "resnet.yaml").write_text(yaml.safe_dump(options))
-    outcome = run_cli("fit", "-c", tmp_path / "resnet.yaml")
+    assert "are random" not in outcome.err
+    changes.pop("model.init_args.backbone_options", None)
+    without = write(data, name="without", changes={**changes, "model.init_args.backbone": "test_resnet"})
+    outcome = run_cli("validate", "-c", without)
     assert outcome.code == 2
-    assert "error: trainer.callbacks: ResNet has no plain self-attention to exchange" in outcome.err
+    assert "error: trainer.callbacks: " in outcome.err
+    assert "has no plain self-attention to exchange" in outcome.err
