@@ -16,8 +16,8 @@ from efficiency.saved_bytes import count_saved_bytes, megabytes
 class GradientCheckpointing(EfficiencyCallback):
     """Computes blocks again in the backward pass instead of keeping their activations.
 
-    The first batch of a training passes through the network two more times, to count for the report what is kept
-    with it and without.
+    The second batch of a training (in the first, other methods may still be at work on the network) passes through it
+    two more times, to count for the report what is kept with it and without.
     """
 
     last = True  # blocks are those that are there in the end
@@ -26,16 +26,18 @@ class GradientCheckpointing(EfficiencyCallback):
         super().__init__()
         self._kept: int | None = None
         self._plain: int | None = None
+        self._steps = 0
         self._hook: torch.utils.hooks.RemovableHandle | None = None
 
     def convert(self, module: LightningModule) -> None:
         """Checkpoint the blocks of the network."""
         checkpointing.convert(module.network)  # type: ignore[arg-type]
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count at the first batch."""
-        if self._kept is None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Count at the second batch."""
+        if self._steps == 1:
             self._hook = pl_module.network.register_forward_pre_hook(self._count, with_kwargs=True)  # type: ignore[union-attr]
+        self._steps += 1
 
     def _count(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not (network.training and torch.is_grad_enabled()):

@@ -31,6 +31,8 @@ class EcoFormer(EfficiencyCallback):
             300, which is more epochs than its recipes have.)
     """
 
+    exchanges_attention = True
+
     def __init__(
         self,
         num_bits: int = 16,

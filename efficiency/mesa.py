@@ -288,7 +288,8 @@ class Compressor:
             return False
         if tensor.numel() < (1 if self.upstream else MIN_SIZE) or 0 in tensor.stride():
             return False
-        if id_of_storage(tensor) in self._inputs:
+        assert self.saved is not None
+        if id_of_storage(tensor) in self._inputs or self.saved.holds(tensor):
             return False
         # A layer with weights needs its input, whether or not something before it is trained.
         return tensor.requires_grad or layer.tag in ("fc", "conv")

@@ -46,6 +46,10 @@ class SavedBytes:
             self._exact.add(number)
             self.kept[kind] += tensor.untyped_storage().nbytes()
 
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether the memory of a tensor is kept as it is, for another one."""
+        return id_of_storage(tensor) in self._exact
+
     def close(self) -> None:
         """Stop counting: numbers of storages mean nothing later."""
         self._seen.clear()
