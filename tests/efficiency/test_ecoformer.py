@@ -1,4 +1,6 @@
 import copy
+import json
+from pathlib import Path
 
 import pytest
 import timm
@@ -6,6 +8,7 @@ import torch
 from torch import nn
 
 import backbones
+import backbones.convert
 from backbones.attention import global_attention, split_projections
 from backbones.ecoformer import EcoFormerAttention, KernelHashing, StraightThroughSign, hashed_attention
 from backbones.ecoformer_networks import PVTv2, TwinsSVT
@@ -14,6 +17,7 @@ from efficiency.ecoformer import convert, fit, fit_at_next_pass, hashed_layers, 
 from efficiency.energy import count_operations, total
 from efficiency.kernel_hashing import fit_hash_functions
 
+GOLDENS = Path(__file__).parents[1] / "goldens" / "ecoformer"
 PYRAMID = {"depths": (1, 1, 1, 1), "embed_dims": (8, 16, 24, 32), "num_heads": (1, 2, 3, 4), "num_classes": 5}
 SOURCES = {
     "pvt_v2_b0": {**PYRAMID, "mlp_ratios": (2, 2, 2, 2)},
@@ -251,11 +255,19 @@ def test_official_names_count_as_fitted(tmp_path):
     assert torch.equal(other(images()), network(images()))
 
 
+def test_an_official_file_can_be_converted(tmp_path):
+    keys = json.loads((GOLDENS / "fullsize_pvt_v2_b0_ecoformer.json").read_text())["keys"]
+    torch.save({"model": {name: torch.ones(shape) for name, shape in keys}}, tmp_path / "official.pth")
+    written = backbones.convert.convert(tmp_path / "official.pth", tmp_path / "ours.pth", "pvt_v2_b0_ecoformer")
+    assert len(written.report.loaded) == len(keys)
+    timm.create_model("pvt_v2_b0_ecoformer").load_state_dict(torch.load(tmp_path / "ours.pth")["model"])
+
+
 # -- hash functions ---------------------------------------------------------------------------------------------------
 
 
 def test_fit_changes_the_functions_and_nothing_else():
-    network = convert(make("deit_tiny_patch16_224").train())
+    network = convert(make("deit_tiny_patch16_224").train(), num_bits=4)
     weights = {key: value.clone() for key, value in network.named_parameters()}
     before = functions(network)
     with torch.inference_mode():
@@ -270,7 +282,7 @@ def test_fit_changes_the_functions_and_nothing_else():
 
 
 def test_the_pass_that_fits_goes_on_with_the_fitted_functions():
-    network = convert(make("deit_tiny_patch16_224"))
+    network = convert(make("deit_tiny_patch16_224"), num_bits=4)
     fit_at_next_pass(network)
     first = network(images())
     assert torch.equal(network(images()), first)
@@ -284,7 +296,7 @@ def test_the_pass_that_fits_goes_on_with_the_fitted_functions():
 
 
 def test_fitting_under_checkpointing_and_autocast_is_done_once():
-    network = convert(make("deit_tiny_patch16_224")).train()
+    network = convert(make("deit_tiny_patch16_224"), num_bits=4).train()
     network.set_grad_checkpointing()
     fit_at_next_pass(network)
     with torch.autocast("cpu", torch.bfloat16):
@@ -296,7 +308,7 @@ def test_fitting_under_checkpointing_and_autocast_is_done_once():
 
 
 def test_state_of_the_fit_is_in_the_state_dict():
-    network = convert(make("deit_tiny_patch16_224"))
+    network = convert(make("deit_tiny_patch16_224"), num_bits=4)
     other = copy.deepcopy(network)
     fit(network, images())
     other.load_state_dict(network.state_dict())

@@ -67,7 +67,7 @@ def trainer(tmp_path, *callbacks, epochs=1, **options):
 
 def test_functions_are_fitted_to_the_first_batch_and_once(tmp_path):
     module = Classifier()
-    trainer(tmp_path, EcoFormer(), epochs=2).fit(module)
+    trainer(tmp_path, EcoFormer(num_bits=4), epochs=2).fit(module)
     assert len(module.functions) == 4
     assert all(equal(module.functions[0], later) for later in module.functions)
     assert unfitted_layers(module.network) == []
@@ -78,10 +78,10 @@ def test_fitted_functions_are_not_fitted_again_unless_asked(tmp_path):
     module = Classifier()
     fit(convert(module.network), torch.randn(2, 3, 32, 32))
     before = functions(module.network)
-    trainer(tmp_path, EcoFormer(), epochs=2).fit(module)
+    trainer(tmp_path, EcoFormer(num_bits=4), epochs=2).fit(module)
     assert all(equal(before, later) for later in module.functions)
     module.functions.clear()
-    trainer(tmp_path, EcoFormer(refit_every=2), epochs=4).fit(module)
+    trainer(tmp_path, EcoFormer(num_bits=4, refit_every=2), epochs=4).fit(module)
     fitted = module.functions[0::2]  # at the first of two batches of every epoch
     assert [equal(before, state) for state in fitted] == [True, True, False, False]
     assert equal(fitted[2], fitted[3])
@@ -89,13 +89,13 @@ def test_fitted_functions_are_not_fitted_again_unless_asked(tmp_path):
 
 def test_a_checkpoint_holds_the_functions_and_a_training_resumes_with_them(tmp_path):
     whole = Classifier()
-    trainer(tmp_path, EcoFormer(), epochs=2).fit(whole)
+    trainer(tmp_path, EcoFormer(num_bits=4), epochs=2).fit(whole)
     first = Classifier()
-    run = trainer(tmp_path, EcoFormer(), epochs=1)
+    run = trainer(tmp_path, EcoFormer(num_bits=4), epochs=1)
     run.fit(first)
     run.save_checkpoint(tmp_path / "one.ckpt")
     second = Classifier()
-    trainer(tmp_path, EcoFormer(), epochs=2).fit(second, ckpt_path=tmp_path / "one.ckpt", weights_only=True)
+    trainer(tmp_path, EcoFormer(num_bits=4), epochs=2).fit(second, ckpt_path=tmp_path / "one.ckpt", weights_only=True)
     assert equal(functions(first.network), functions(second.network))
     assert equal(first.functions[0], second.functions[0])
 
@@ -103,18 +103,18 @@ def test_a_checkpoint_holds_the_functions_and_a_training_resumes_with_them(tmp_p
 def test_evaluation_without_fitted_functions_warns(tmp_path):
     module = Classifier()
     with pytest.warns(UserWarning, match=r"hash functions of 2 layers are random \(blocks\.0\.attn"):
-        trainer(tmp_path, EcoFormer()).validate(module, verbose=False)
+        trainer(tmp_path, EcoFormer(num_bits=4)).validate(module, verbose=False)
 
 
 def test_moving_average(tmp_path):
     module = Classifier()
-    trainer(tmp_path, EcoFormer(), EMAWeightAveraging(decay=0.5), epochs=2).fit(module)
+    trainer(tmp_path, EcoFormer(num_bits=4), EMAWeightAveraging(decay=0.5), epochs=2).fit(module)
     averaged = functions(module.network)  # now those of the average
     assert all(torch.allclose(averaged[key], module.functions[0][key], rtol=1e-6, atol=1e-7) for key in averaged)
     with pytest.raises(
         ValueError, match="EcoFormer: refit_every and a moving average of the weights exclude each other"
     ):
-        trainer(tmp_path, EcoFormer(refit_every=1), EMAWeightAveraging(decay=0.5)).fit(Classifier())
+        trainer(tmp_path, EcoFormer(num_bits=4, refit_every=1), EMAWeightAveraging(decay=0.5)).fit(Classifier())
 
 
 def test_options():
@@ -140,7 +140,12 @@ def test_report_rows(tmp_path):
 def test_two_processes_have_the_functions_of_the_first(tmp_path):
     module = Classifier(tmp_path)
     trainer(
-        tmp_path, EcoFormer(refit_every=1), epochs=2, devices=2, strategy="ddp_fork", use_distributed_sampler=False
+        tmp_path,
+        EcoFormer(num_bits=4, refit_every=1),
+        epochs=2,
+        devices=2,
+        strategy="ddp_fork",
+        use_distributed_sampler=False,
     ).fit(module)
     seen = {path.stem: torch.load(path) for path in tmp_path.glob("*.pt")}
     assert sorted(seen) == [f"{step}-{rank}" for step in range(4) for rank in range(2)]
@@ -171,9 +176,11 @@ def test_any_task_takes_it_in_three_lines(task, run_cli, request, tmp_path):
     outcome = run_cli("validate", "-c", config, "--ckpt_path", best)
     assert outcome.code == 0, outcome.err
     assert "are random" not in outcome.err
-    changes.pop("model.init_args.backbone_options", None)
-    without = write(data, name="without", changes={**changes, "model.init_args.backbone": "test_resnet"})
-    outcome = run_cli("validate", "-c", without)
+
+
+@pytest.mark.parametrize("task", ["classification"])
+def test_what_cannot_be_converted_is_one_line(task, run_cli, tiny_classifier_config, tiny_digits):
+    changes = {"trainer.callbacks": [{"class_path": "efficiency.EcoFormer"}], "model.init_args.backbone": "test_resnet"}
+    outcome = run_cli("fit", "-c", tiny_classifier_config(tiny_digits, changes=changes))
     assert outcome.code == 2
-    assert "error: trainer.callbacks: " in outcome.err
-    assert "has no plain self-attention to exchange" in outcome.err
+    assert "error: trainer.callbacks: ResNet has no plain self-attention to exchange" in outcome.err
