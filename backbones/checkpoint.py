@@ -161,7 +161,7 @@ def load_checkpoint(
         missing=[name for name in target if name not in renamed and not name.endswith(COMPUTED)],
         unexpected=[name for name in unused if name not in ignored],
         mismatched={name: mismatched[name] for name in target if name in mismatched},
-        ignored=[*ignored, *replaced, *dropped],
+        ignored=[*ignored, *replaced, *dropped, *ranges],
     )
     _require_backbone(report, target, min_backbone_match)
     if report.mismatched:

@@ -24,7 +24,8 @@ def convert(network: nn.Module) -> nn.Module:
     if not blocks:
         raise ValueError(f"{type(network).__name__} has no blocks to checkpoint: no list of modules made of others")
     for block in blocks:
-        block.__class__ = _checkpointed(type(block))
+        cls: Any = type(block)
+        block.__class__ = _checkpointed(cls)
     return network
 
 
