@@ -92,14 +92,14 @@ class Witness(Callback):
     def on_train_end(self, trainer, pl_module):
         seen = {name: bool(evidence(name, trainer, pl_module)) for name in self.names}
         seen["losses"] = pl_module.losses
-        seen["weights"] = [float(p.double().sum()) for p in pl_module.network.parameters()]
+        seen["weights"] = [p.double().sum().item() for p in pl_module.network.parameters()]
         (self.folder / f"seen-{trainer.global_rank}.json").write_text(json.dumps(seen))
 
 
 def train(folder, names):
     """Train with the methods and return what each process saw."""
     module = Classifier()
-    before = [float(p.double().sum()) for p in module.network.parameters()]
+    before = [p.double().sum().item() for p in module.network.parameters()]
     callbacks = [callback for name in names if (callback := METHODS[name]()) is not None]
     # last in the list, and before the average takes the place of the weights
     callbacks.insert(0, Witness(folder, names))
