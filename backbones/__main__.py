@@ -95,11 +95,15 @@ def _list(options: argparse.Namespace) -> None:
         print(json.dumps([asdict(facts) for facts in found], indent=2))
         return
     rows = [
-        (f.name, f"{f.params / 1e6:.2f}", f"{f.gmacs:.3f}", f"{f.size}", f"{f.top1:.2f}", ", ".join(f.layouts))
+        (f.name, f"{f.params / 1e6:.2f}", f"{f.gmacs:.3f}", f"{f.size}", _percent(f.top1), ", ".join(f.layouts))
         for f in found
     ]
     _print_table(("name", "M params", "GMACs", "px", "top-1 %", "released weights read"), rows, text=(0, 5))
     print("\nGMACs (10⁹ multiply-adds of one image) and top-1 (ImageNet-1k) as the authors publish them.")
+
+
+def _percent(accuracy: float | None) -> str:
+    return "–" if accuracy is None else f"{accuracy:.2f}"
 
 
 # -- profile ----------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import pickle
 import re
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from backbones.attention_keys import exchange_attention
 from backbones.keys import BACKBONE_TABLES, BUFFERS, CLASSIFIER, COMPUTED, Table
 from backbones.positions import resize_positions
 
@@ -95,7 +96,7 @@ class LoadReport:
 
     `layout` names the key table that fitted. `mismatched` maps a name to the shapes in the file and in the model; these
     tensors, like the `missing` ones, keep their initial values. `ignored` are names of the file that the model has no
-    use for: classifiers and other heads. Tables that a network computes by itself are not mentioned.
+    use for: classifiers and other heads, ranges of Mesa. Tables that a network computes by itself are not mentioned.
     """
 
     path: Path
@@ -131,14 +132,17 @@ def load_checkpoint(
 ) -> LoadReport:
     """Load a weight file into `model` under the key table, of those in `tables`, by which the most tensors fit.
 
-    Position tables of another window or image size are resized. Tensors of another shape (a head for other classes)
-    are left out with a warning. Raises CheckpointError, before anything is changed, when less than
+    Position tables of another window or image size are resized; projections of softmax attention become those of the
+    kind of attention that the model has (`backbones.attention_keys`). Tensors of another shape (a head for other
+    classes) are left out with a warning. Raises CheckpointError, before anything is changed, when less than
     `min_backbone_match` of the tensors of ``model.backbone`` (of the model if it has no such child) fit.
     """
     path = Path(path)
     state_dict = rename(read_state_dict(path), BUFFERS)
     target = model.state_dict()
-    layout, renamed = _best_layout(state_dict, target, tables)
+    ranges = ranges_of_mesa(state_dict)
+    state_dict = {name: tensor for name, tensor in state_dict.items() if name not in ranges}
+    layout, renamed, replaced = _best_layout(state_dict, target, tables)
     fitting: dict[str, Tensor] = {}
     mismatched: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
     for name in renamed.keys() & target.keys():
@@ -157,7 +161,7 @@ def load_checkpoint(
         missing=[name for name in target if name not in renamed and not name.endswith(COMPUTED)],
         unexpected=[name for name in unused if name not in ignored],
         mismatched={name: mismatched[name] for name in target if name in mismatched},
-        ignored=[*ignored, *dropped],
+        ignored=[*ignored, *replaced, *dropped, *ranges],
     )
     _require_backbone(report, target, min_backbone_match)
     if report.mismatched:
@@ -165,6 +169,18 @@ def load_checkpoint(
         warnings.warn(f"{path}: not loaded because of their shape: {first_names(shapes)}", stacklevel=2)
     model.load_state_dict(fitting, strict=False)
     return report
+
+
+def ranges_of_mesa(names: Iterable[str]) -> list[str]:
+    """Those of `names` that are running ranges of the official Mesa (arXiv 2111.11124); its networks are plain else.
+
+    ``iteration``, ``clip_val`` and ``shift`` of one layer, or of its operands ``quant1`` and ``quant2``.
+    """
+    present = set(names := list(names))
+    layers = {name.removesuffix("clip_val") for name in names if re.search(r"(^|\.)clip_val$", name)}
+    parts = [{layer + part for part in ("iteration", "clip_val", "shift")} for layer in layers]
+    ranges = {name for triple in parts if triple <= present for name in triple}
+    return [name for name in names if name in ranges]
 
 
 def _of_other_heads(names: Sequence[str], target: Mapping[str, Tensor]) -> list[str]:
@@ -189,19 +205,19 @@ def _require_backbone(report: LoadReport, target: Mapping[str, Tensor], min_matc
 
 def _best_layout(
     state_dict: Mapping[str, Tensor], target: Mapping[str, Tensor], tables: Mapping[str, Table]
-) -> tuple[str, dict[str, Tensor]]:
-    best: tuple[int, str, dict[str, Tensor]] | None = None
+) -> tuple[str, dict[str, Tensor], list[str]]:
+    best: tuple[int, str, dict[str, Tensor], list[str]] | None = None
     for layout, table in tables.items():
         try:
-            renamed = rename(state_dict, table)
+            renamed, replaced = exchange_attention(rename(state_dict, table), target)
         except CheckpointError:
             continue  # two keys with one name: the file has another layout
         fit = sum(name in target and tensor.shape == target[name].shape for name, tensor in renamed.items())
         if best is None or fit > best[0]:
-            best = fit, layout, renamed
+            best = fit, layout, renamed, replaced
     if best is None:
         raise CheckpointError("no key table was given")
-    return best[1], best[2]
+    return best[1:]
 
 
 # -- containers -----------------------------------------------------------------------------------------------------

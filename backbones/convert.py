@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from backbones.checkpoint import CheckpointError, LoadReport, first_names, read_state_dict
+from backbones.checkpoint import CheckpointError, LoadReport, first_names, read_state_dict, rename
 from backbones.features import create, create_features
-from backbones.keys import COMPUTED
+from backbones.keys import COMPUTED, OFFICIAL_PVT
 from backbones.published import PUBLISHED
 from backbones.staged import Flavour
 
@@ -58,13 +58,23 @@ def convert(source: Path, target: Path, model: str | None = None) -> Conversion:
         heads = [name for name in state_dict if not name.startswith(DENSE_PREFIX)]
         inside = {name: tensor for name, tensor in state_dict.items() if name.startswith(DENSE_PREFIX)}
         state_dict = {name.removeprefix(DENSE_PREFIX): tensor for name, tensor in inside.items()}
-    reports = [_fit(source, label, state_dict, wanted) for label, wanted in _candidates(state_dict, model)]
-    reports.sort(key=_misfits)  # stable: of equals the first
-    best = reports[0]
+    fits = [
+        (_fit(source, label, tensors, wanted), tensors)
+        for label, wanted in _candidates(state_dict, model)
+        for tensors in _names(state_dict)
+    ]
+    fits.sort(key=lambda fit: _misfits(fit[0]))  # stable: of equals the first
+    best, tensors = fits[0]
     if _misfits(best):
         raise CheckpointError(_explain(best, model))
-    _write(target, {name: state_dict[name].contiguous() for name in best.loaded}, best.layout, source)
-    return Conversion(best, target, [r.layout for r in reports[1:] if not _misfits(r)], heads)
+    _write(target, {name: tensors[name].contiguous() for name in best.loaded}, best.layout, source)
+    return Conversion(best, target, [report.layout for report, _ in fits[1:] if not _misfits(report)], heads)
+
+
+def _names(state_dict: Mapping[str, Tensor]) -> list[Mapping[str, Tensor]]:
+    """The tensors under their names and, where they could be official names of PVTv2, under ours."""
+    renamed = rename(state_dict, OFFICIAL_PVT)
+    return [state_dict] if renamed.keys() == state_dict.keys() else [state_dict, renamed]
 
 
 def _candidates(state_dict: Mapping[str, Tensor], model: str | None) -> Iterator[tuple[str, Mapping[str, Tensor]]]:

@@ -9,7 +9,9 @@ from collections.abc import Mapping, Sequence
 Table = Sequence[tuple[str, str | None]]
 
 # Endings of what networks compute by themselves: counters of batch norms, index tables and masks.
-COMPUTED = ("num_batches_tracked", "relative_position_index", "attn_mask")
+# The hash functions of EcoFormer are fitted to whatever its projections are.
+HASH_FUNCTIONS = tuple(f".fast_attention.{name}" for name in ("projection_matrix", "ksh.A", "ksh.mvec", "ksh.anchor"))
+COMPUTED = ("num_batches_tracked", "relative_position_index", "attn_mask", *HASH_FUNCTIONS)
 BUFFERS: Table = [(r"^(.+\.)?(relative_position_index|attn_mask)$", None)]
 
 # Final norm, classifier and class token of LIT, LITv2 and Swin, which networks for dense prediction have no use for.
@@ -45,6 +47,15 @@ TO_OFFICIAL_SWIN: Table = [
     (rf"^layers\.{stage}\.downsample\.", f"layers.{stage - 1}.downsample.") for stage in (1, 2, 3)
 ]
 
+# PVTv2 as its authors and EcoFormer's name it: stages count from 1, and their parts have no common parent.
+OFFICIAL_PVT: Table = [
+    (r"^patch_embed1\.", "patch_embed."),
+    *((rf"^patch_embed{stage + 1}\.", f"stages.{stage}.downsample.") for stage in (1, 2, 3)),
+    *((rf"^block{stage + 1}\.", f"stages.{stage}.blocks.") for stage in (0, 1, 2, 3)),
+    *((rf"^norm{stage + 1}\.", f"stages.{stage}.norm.") for stage in (0, 1, 2, 3)),
+    (r"\.dwconv\.dwconv\.", ".dwconv."),
+]
+
 # Detectors and segmentation networks of mmdetection and mmsegmentation, of which the backbone is taken.
 MM_BACKBONE: Table = [(r"^(?!backbone\.)", None), (r"^backbone\.", "")]
 
@@ -54,6 +65,8 @@ BACKBONE_TABLES: Mapping[str, Table] = {
     "timm or torchvision names": TIMM,
     "detectron2 ResNet names": DETECTRON2_RESNET,
     "official Swin names": OFFICIAL_SWIN,
+    "official PVTv2 names": OFFICIAL_PVT,
+    "official PVTv2 names, features": [*OFFICIAL_PVT, (r"^", "body.")],
     "backbone of an mmdetection or mmsegmentation model": MM_BACKBONE,
 }
 

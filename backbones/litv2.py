@@ -52,7 +52,7 @@ class HiLo(nn.Module):
             raise ValueError(f"num_heads={num_heads} does not divide dim={dim}")
         if window_size < 1 or not 0 <= alpha <= 1:
             raise ValueError(f"window_size={window_size}, alpha={alpha}: expected at least 1 and a share in 0..1")
-        self.head_dim, self.window_size, self.pad = dim // num_heads, window_size, pad
+        self.num_heads, self.head_dim, self.window_size, self.pad = num_heads, dim // num_heads, window_size, pad
         self.scale = qk_scale or self.head_dim**-0.5
         self.lo_heads = num_heads if window_size == 1 else int(num_heads * alpha)
         self.hi_heads = num_heads - self.lo_heads

@@ -1,12 +1,12 @@
-"""``python -m benchmarks {backbones,kernels}``: measurements on this machine, side by side with peers."""
+"""``python -m benchmarks {backbones,ecoformer,kernels,memory}``: measurements on this machine, beside peers."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 
-from benchmarks import backbones, kernels
+from benchmarks import backbones, ecoformer, kernels, memory
 
-BENCHMARKS = {"backbones": backbones, "kernels": kernels}
+BENCHMARKS = {"backbones": backbones, "ecoformer": ecoformer, "kernels": kernels, "memory": memory}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -147,7 +147,7 @@ def _check_groups(op: str, x: Tensor, groups: int, *, codes: bool = False) -> No
 def group_range_reference(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     """Compute `group_range`."""
     grouped = _grouped(x, groups)
-    return grouped.amin((0, 2)), grouped.amax((0, 2))
+    return grouped.amin(0).amin(1), grouped.amax(0).amax(1)  # faster than both dimensions at once
 
 
 def quantize_reference(
@@ -156,11 +156,15 @@ def quantize_reference(
     """Compute `quantize`."""
     dtype = x.dtype if upstream else _compute_dtype(x.dtype)
     scale = _scale(span, levels, dtype, upstream)
-    position = (_grouped(x.to(dtype), span.numel()) - shift.to(dtype)[:, None]) * scale[:, None]
+    position = _grouped(x.to(dtype), span.numel()) - shift.to(dtype)[:, None]
+    position *= scale[:, None]
     if seed is not None:
-        position = position + (rounding_noise(x.numel(), seed).to(dtype) - 0.5).view_as(position)
-    position = torch.where(position > 0, position, 0).round()  # NaN becomes 0, too
-    position = position % 256 if upstream else position.clamp(max=levels - 1)
+        position += (rounding_noise(x.numel(), seed).to(dtype) - 0.5).view_as(position)
+    if upstream:
+        position = torch.where(position > 0, position, 0).round_()  # NaN becomes 0, too
+        position = torch.where(position.isinf(), 255, position % 256)  # infinity does not wrap
+    else:
+        position = position.clamp_(0, levels - 1).round_().nan_to_num_()
     return position.to(torch.uint8).view(x.shape)
 
 
@@ -185,15 +189,20 @@ def dequantize_reference(
 
 def rounding_noise(count: int, seed: Tensor) -> Tensor:
     """Return numbers in (0, 1), the noise of the first `count` elements: a hash of their index and `seed`."""
-    index = torch.arange(count, device=seed.device) & 0xFFFFFFFF
-    return ((_mix(index ^ _mix(seed)) >> 9).float() + 0.5) * 2.0**-23
+    dtype = torch.int32 if count <= 2**31 else torch.int64
+    index = torch.arange(count, device=seed.device, dtype=dtype).to(torch.int32)
+    index ^= _mix(seed.to(torch.int32))
+    return ((_mix(index) >> 9) & 0x7FFFFF).float().add_(0.5).mul_(2.0**-23)
 
 
 def _mix(number: Tensor) -> Tensor:
-    """Hash 32-bit numbers held in int64 (two rounds of multiplication and shift)."""
-    number = ((number ^ (number >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
-    number = ((number ^ (number >> 15)) * 0x846CA68B) & 0xFFFFFFFF
-    return number ^ (number >> 16)
+    """Hash int32 in place, as unsigned numbers (two rounds of multiplication and shift)."""
+    number ^= (number >> 16) & 0xFFFF
+    number *= 0x7FEB352D
+    number ^= (number >> 15) & 0x1FFFF
+    number *= 0x846CA68B - 2**32
+    number ^= (number >> 16) & 0xFFFF
+    return number
 
 
 def _grouped(x: Tensor, groups: int) -> Tensor:

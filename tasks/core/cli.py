@@ -28,6 +28,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from backbones.checkpoint import CheckpointError
+from efficiency.callback import EfficiencyCallback
 from tasks.core.checkpoint import require_checkpoint_of
 from tasks.core.data import TaskDataModule
 from tasks.core.errors import UserError
@@ -153,10 +154,20 @@ class CLI(LightningCLI):
         self.datamodule.prepare_data()
         self.datamodule.setup(str(self.subcommand))
         self.model.setup(str(self.subcommand))
+        self._apply_efficiency_methods()
         if self.subcommand == "fit":
             build_optimizer(self.model.network, self.model.optim)
         if ckpt_path := self._get(self.config, "ckpt_path"):
             require_checkpoint_of(self.model, Path(ckpt_path), training=self.subcommand == "fit")
+
+    def _apply_efficiency_methods(self) -> None:
+        """Let the callbacks of efficiency methods change the network, whose checkpoints have other tensors then."""
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, EfficiencyCallback):
+                try:
+                    callback.setup(self.trainer, self.model, str(self.subcommand))
+                except ValueError as error:
+                    raise UserError(f"trainer.callbacks: {error}") from error
 
     before_fit = before_validate = before_test = before_predict = prepare
 

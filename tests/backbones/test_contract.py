@@ -19,14 +19,38 @@ from torch import nn
 import backbones  # noqa: F401  (registers the networks)
 from backbones.published import PUBLISHED
 
-NAMES = [name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("backbones.")]
+REGISTERED = [name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("backbones.")]
+# Networks that differ from those here in nothing but what `SMALL` overrides.
+LARGER = r"pvt_v2_b[1-4]_.*|twins_svt_(base|large)_.*|spvit_(deit|swin)_(sm|bs)_.*"
+# Networks of any architecture, of which there are no published ones.
+GENERAL = {"spvit_deit", "spvit_swin"}
+NAMES = [name for name in REGISTERED if not re.fullmatch(LARGER, name)]
+BLOCK = r"(?:(?:layers|stages)\.\d+\.)?(?<!pos_)blocks?\d*(?:\.\d+)+"
 LIT_SIZES = {"depths": (1, 1, 2, 2)}
 SMALL = {
     "HVT": {"depth": 4, "embed_dim": 24, "num_heads": 2},
     "LIT": {**LIT_SIZES, "embed_dim": 16, "num_heads": (1, 1, 4, 4)},
     "LITv2": {**LIT_SIZES, "embed_dim": 24, "num_heads": (1, 1, 12, 12)},  # as many as alpha's digits divide
+    "PVTv2": {**LIT_SIZES, "embed_dims": (8, 16, 24, 32), "num_heads": (1, 2, 3, 4), "mlp_ratios": (2, 2, 2, 2)},
+    "TwinsSVT": {**LIT_SIZES, "embed_dims": (8, 16, 24, 32), "num_heads": (1, 2, 3, 4), "mlp_ratios": (2, 2, 2, 2)},
     "LITTi": {**LIT_SIZES, "embed_dims": (8, 16, 24, 32), "num_heads": (1, 1, 2, 4)},
 }
+MIXERS = ("1x1", "3x3", "skip", "msa")
+BLOCKS = [{"mixer": mixer, "width": width} for mixer, width in zip(MIXERS, (32, 24, 16, 8), strict=True)]
+SPVIT = {"alpha": 1.0, "mlp_ratio": 2.0, "embed_dim": 24}
+SMALL |= {
+    "SPViTDeiT": {
+        "architecture": {
+            "family": "deit", "depths": [4], "num_heads": [2], "patch_size": 8, "blocks": BLOCKS, **SPVIT
+        }
+    },
+    "SPViTSwin": {
+        "architecture": {
+            "family": "swin", "depths": [2, 2, 1, 1], "num_heads": [2, 2, 3, 4], "patch_size": 4,
+            "blocks": [*BLOCKS, *BLOCKS[1::2]], **SPVIT,
+        }
+    },
+}  # fmt: skip
 CLASS_OF = {}
 for _name in NAMES:
     with torch.device("meta"):
@@ -53,7 +77,7 @@ def image(height=64, width=None, batch=2):
 
 
 def test_every_network_is_published_and_the_other_way_round():
-    assert sorted(NAMES) == sorted(PUBLISHED)
+    assert sorted(REGISTERED) == sorted([*PUBLISHED, *GENERAL])
 
 
 # -- sizes and gradients ----------------------------------------------------------------------------------------------
@@ -71,7 +95,7 @@ def test_any_size(name):
         assert model(image(batch=5)).shape == (5, 5)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if CLASS_OF[name] != "LITv2"])  # it has no positions
+@pytest.mark.parametrize("name", [name for name in NAMES if CLASS_OF[name] not in ("LITv2", "PVTv2")])  # no positions
 @pytest.mark.parametrize("size", [48, (64, 96), (67, 45)])
 def test_any_img_size(name, size):
     model = make(name, img_size=size)
@@ -105,7 +129,8 @@ def test_every_parameter_receives_a_gradient(name):
     assert images.grad.abs().amax(dim=(0, 1)).gt(0).all()
 
 
-@every
+# A gradient that passes the sign of EcoFormer's codes is no derivative.
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.endswith("_ecoformer")])
 def test_gradients_are_those_of_the_function(name):
     """One directional derivative in float64, through parameters and image."""
     model, images = make(name).double(), image(40, 56).double()
@@ -133,7 +158,10 @@ def test_features_only(name):
         if str(model.output_fmt.value) == "NLC":
             assert feature.shape[::2] == (2, width)
         else:
-            assert feature.shape == (2, width, 70 // stride, 90 // stride)
+            size = [
+                -(-side // stride) if CLASS_OF[name] in ("PVTv2", "SPViTSwin") else side // stride for side in (70, 90)
+            ]
+            assert feature.shape == (2, width, *size)
     chosen = make(name, features_only=True, out_indices=(0, 1))
     assert [f.shape for f in chosen(image())] == [
         f.shape for f in make(name, features_only=True, out_indices=[0, 1])(image())
@@ -216,7 +244,7 @@ def test_layer_groups_follow_the_forward_pass(name):
     layers = [groups[key] for path in order for key in groups if re.fullmatch(rf"{re.escape(path)}\.\w+", key)]
     # A module with submodules ends after them; within a layer the order is of no interest.
     assert layers == sorted(layers)
-    blocks = len({match[0] for key in groups if (match := re.search(r"(?:layers\.\d+\.)?blocks?\d*\.\d+", key))})
+    blocks = len({match[0] for key in groups if (match := re.search(BLOCK, key))})
     assert blocks < len(set(layers)) <= 2 * blocks + 2
     coarse = group_parameters(model, model.group_matcher(coarse=True), reverse=True)
     assert sorted(coarse) == sorted(groups)
@@ -228,7 +256,10 @@ def test_layer_wise_learning_rates_and_weight_decay(name):
     model = make(name)
     exempt = model.no_weight_decay()
     keys = {key for key, _ in model.named_parameters()}
-    expected = {"HVT": r"(.*\.)?pos_embed", "LIT": r".*relative_position_bias_table", "LITTi": r"cls_token"}
+    expected = {
+        "HVT": r"(.*\.)?pos_embed", "LIT": r".*relative_position_bias_table", "LITTi": r"cls_token",
+        "TwinsSVT": r"pos_block.*", "SPViTDeiT": r"cls_token|pos_embed", "SPViTSwin": r".*relative_position_bias_table",
+    }  # fmt: skip
     assert exempt == {key for key in keys if re.fullmatch(expected.get(CLASS_OF[name], "none"), key)}
     groups = param_groups_layer_decay(model, weight_decay=0.05, no_weight_decay_list=exempt, layer_decay=0.5)
     settings = {id(p): (group["lr_scale"], group["weight_decay"]) for group in groups for p in group["params"]}
@@ -310,6 +341,8 @@ def test_weights_survive_a_file(name, tmp_path):
 
 def shallow(name):
     """The network with as few blocks as it has ways to go through them."""
+    if CLASS_OF[name].startswith("SPViT"):
+        return make(name)
     return make(name, **({"depth": 2} if CLASS_OF[name] == "HVT" else {"depths": (1, 1, 1, 1)}))
 
 

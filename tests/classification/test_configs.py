@@ -16,7 +16,9 @@ from tasks.classification.module import Classification
 from tasks.core.optim import OptimConfig, build_optimizer
 
 LISTED = {config.name: config for config in find_configs(CONFIGS, PACKAGE) if config.task == "classification"}
-SAMPLES = ("sample/litv2", "sample/lit", "sample/hvt")
+SAMPLES = ("sample/litv2", "sample/lit", "sample/hvt", "sample/ecoformer")
+ECOFORMER = [name for name in PUBLISHED if re.fullmatch(r"(pvt_v2_b\d|twins_svt_small)_(msa|ecoformer)", name)]
+NOT_TRAINED = {f"twins_svt_{size}_{kind}" for size in ("base", "large") for kind in ("msa", "ecoformer")}  # by anyone
 DROP_PATH = {
     "lit_ti": 0.1, "lit_s": 0.2, "lit_m": 0.3, "lit_b": 0.5, "litv2_s": 0.2, "litv2_m": 0.3, "litv2_b": 0.5,
     **{f"litv2_s_alpha{alpha}": 0.2 for alpha in ("00", "02", "04", "05", "07", "10")},
@@ -39,15 +41,15 @@ def network_of(config, **linked):
 
 
 def test_every_published_network_has_its_configuration():
-    assert set(LISTED) == {*PUBLISHED, "hvt_s_1_cifar100", *SAMPLES}
-    assert {*FULL_TRAININGS, "litv2_b_384", *SAMPLES} == set(LISTED)
+    assert set(LISTED) == {*PUBLISHED, "hvt_s_1_cifar100", *SAMPLES} - NOT_TRAINED
+    assert {*FULL_TRAININGS, "litv2_b_384", *ECOFORMER, *SAMPLES} == set(LISTED)
 
 
 @pytest.mark.parametrize("name", LISTED)
 def test_comments_say_what_it_is_and_what_was_published(name):
     config = LISTED[name]
     assert config.description
-    if name in PUBLISHED:
+    if name in PUBLISHED and PUBLISHED[name].top1:
         accuracy = re.fullmatch(r"(\d\d\.\d\d?) top-1, ImageNet val", config.published)
         assert float(accuracy[1]) == PUBLISHED[name].top1
     else:
@@ -110,6 +112,25 @@ def test_recipe_of_the_fine_tuning_at_384_pixels(resolved):
     assert (data["image_size"], data["crop_pct"], data["repeats"]) == (384, None, 1)
     assert 8 * data["batch_size"] * trainer["accumulate_grad_batches"] == 1024
     assert trainer["max_epochs"] == 30
+
+
+@pytest.mark.parametrize("name", ECOFORMER)
+def test_recipe_of_ecoformer(name, resolved):
+    config = resolved(name)
+    model, data, trainer = config["model"]["init_args"], config["data"]["init_args"], config["trainer"]
+    twins, second = name.startswith("twins"), name.endswith("_ecoformer")
+    optim = {
+        "optimizer": "adamw", "lr": 1.25e-4 if twins and second else 2.5e-5, "reference_batch_size": 256,
+        "schedule": "cosine", "min_lr": 1e-6, "warmup_lr": 5e-7 if twins else 1e-7, "warmup_epochs": 5,
+        "weight_decay": 0.05, "no_decay": "1d", "clip_grad": 5.0 if twins else None,
+    }  # fmt: skip
+    assert {key: model["optim"][key] for key in optim} == optim
+    assert (model["label_smoothing"], model["mixup"], model["cutmix"], model["drop_path_rate"]) == (0.1, 0.8, 1.0, 0)
+    assert 8 * data["batch_size"] == 256
+    assert (data["image_size"], data["crop_pct"], data["repeats"]) == (224, 0.875, 1 if twins else 3)
+    assert (trainer["max_epochs"], trainer["precision"]) == (30 if second else 100, "16-mixed")
+    methods = [callback["class_path"] for callback in trainer["callbacks"] or []]
+    assert [method.rpartition(".")[2] for method in methods] == (["EcoFormer"] if second else [])
 
 
 @pytest.mark.parametrize("name", ["lit_ti", "lit_s", "litv2_s", "hvt_s_1"])

@@ -10,6 +10,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from efficiency.callback import EfficiencyCallback
 from tasks.core.report import ReportCallback, ReportParts, Table
 from tasks.core.report.callback import command_line
 
@@ -87,6 +88,31 @@ def test_fit_then_validate(tmp_path):
     assert len(report["curves"]["train/loss"]) == 26, "the curves of the fit stay"
     assert len(report["curves"]["val/error"]) == 2, "the validation adds no point to them"
     assert report["cost"]["step_time_kind"].startswith("training step")
+
+
+class Halving(EfficiencyCallback):
+    converted = 0
+
+    def convert(self, module):
+        self.converted += 1
+        module.network.weight.data /= 2
+
+    def report_rows(self):
+        return [("conversions", self.converted), ("kind", "halves")]
+
+
+def test_efficiency_methods_convert_once_and_are_in_the_report(tmp_path):
+    trainer, callback = make_trainer(tmp_path, logger=False)
+    method, silent = Halving(), EfficiencyCallback()
+    silent.convert = lambda module: None
+    trainer.callbacks += [method, silent]
+    module = Tiny()
+    before = module.network.weight.detach().clone()
+    trainer.validate(module, loader(), verbose=False)
+    trainer.test(module, loader(), verbose=False)
+    assert torch.equal(module.network.weight, before / 2)
+    tables = {table["title"]: table["rows"] for table in read(callback)["tables"]}
+    assert tables == {"Per class": [["only", 0.5]], "Halving": [["conversions", 1], ["kind", "halves"]]}
 
 
 def test_validate_and_test_without_logger(tmp_path):

@@ -18,9 +18,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
+from efficiency.callback import EfficiencyCallback
 from tasks.core.report.cost import environment, measure_cost
 from tasks.core.report.curves import read_metrics_csv
-from tasks.core.report.document import Cost, Curve, Report, ReportParts
+from tasks.core.report.document import Cost, Curve, Report, ReportParts, Table
 from tasks.core.report.writer import write_report
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ class ReportCallback(Callback):
             title=f"{name}: {STAGES[stage]}",
             metrics={name: float(value) for name, value in trainer.callback_metrics.items()},
             cost=cost,
-            tables=parts.tables,
+            tables=[*parts.tables, *_efficiency_tables(trainer)],
             curves=_read_curves(trainer) if self._fit_curves is None else self._fit_curves,
             pictures=parts.pictures,
             command=command_line(),
@@ -132,6 +133,13 @@ class ReportCallback(Callback):
         example = trainer.precision_plugin.convert_input(module.example_input().to(module.device))
         with trainer.precision_plugin.forward_context():
             return measure_cost(module.network, example, step_ms)
+
+
+def _efficiency_tables(trainer: Trainer) -> list[Table]:
+    """One table per efficiency method that has something to say of this run."""
+    methods = [callback for callback in trainer.callbacks if isinstance(callback, EfficiencyCallback)]  # type: ignore[attr-defined]
+    tables = [Table(type(method).__name__, ["what", "value"], list(method.report_rows())) for method in methods]
+    return [table for table in tables if table.rows]
 
 
 def command_line() -> str:

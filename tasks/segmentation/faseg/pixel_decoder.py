@@ -113,7 +113,7 @@ class PixelDecoder(nn.Module):
 
     def forward(self, features: Sequence[Tensor]) -> PixelDecoderOutput:
         """Decode four backbone maps (B, channels[i], H/s, W/s) of strides s = 4, 8, 16, 32."""
-        with torch.autocast(device_type=features[0].device.type, enabled=False):
+        with torch.autocast("cpu" if features[0].is_meta else features[0].device.type, enabled=False):
             return self._decode([feature.to(self.mask_features.weight.dtype) for feature in features])
 
     def _decode(self, features: list[Tensor]) -> PixelDecoderOutput:
