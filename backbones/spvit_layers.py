@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, Mlp
+from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -114,6 +114,20 @@ class BottleneckConv(nn.Module):
             delattr(self, name)
 
 
+class FeedForward(nn.Module):
+    """Linear layer, GELU, linear layer, with any number of hidden units, none included."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) to the same shape."""
+        return self.fc2(self.act(self.fc1(x)))
+
+
 class MixerBlock(nn.Module):
     """Pre-norm spatial mixer (absent where the block skips it) and feed-forward network, both residual.
 
@@ -131,7 +145,7 @@ class MixerBlock(nn.Module):
             self.norm1 = nn.LayerNorm(dim, eps=eps)
         self.attn = mixer
         self.norm2 = nn.LayerNorm(dim, eps=eps)
-        self.mlp: nn.Module = Mlp(dim, width)
+        self.mlp: nn.Module = FeedForward(dim, width)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor, where: Any) -> Tensor:

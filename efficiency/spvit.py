@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from timm.layers import Mlp
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -89,6 +90,9 @@ def split_network(network: nn.Module) -> Network:
         ours = _split_swin(model)
     else:
         raise ValueError(f"SPViT prunes DeiT and Swin Transformers of timm; got a {type(network).__name__}")
+    activations = {type(module.act) for module in model.modules() if isinstance(module, Mlp)} - {nn.GELU}
+    if activations:
+        raise ValueError(f"{type(network).__name__} has {activations.pop().__name__}; expected GELU as in the papers")
     state = network.state_dict()
     state = split_state_dict(rename(state, TIMM_SWIN) if isinstance(ours, SPViTSwin) else state)
     shapes, own = ({name: tuple(t.shape) for name, t in each.items()} for each in (state, ours.state_dict()))

@@ -7,12 +7,11 @@ temperature 1, straight-through gradient), in evaluation it is open where p > 0.
 from typing import Any
 
 import torch
-from timm.layers import Mlp
 from torch import Tensor, nn
 
 from backbones.spvit import Grid, TokenAttention
 from backbones.spvit_architecture import MIXERS, TAPS, Mixer
-from backbones.spvit_layers import SplitAttention, bottleneck, merged_kernel
+from backbones.spvit_layers import FeedForward, SplitAttention, bottleneck, merged_kernel
 from backbones.spvit_swin import WindowAttention, Windows
 
 THRESHOLD = 1.5  # initial value, p = 0.82
@@ -42,8 +41,8 @@ def _straight_through(gates: Tensor, relaxed: Tensor) -> Tensor:
     return gates.to(relaxed.dtype) + (relaxed - relaxed.detach())
 
 
-class GatedMlp(Mlp):
-    """timm's MLP with a gate on each hidden unit, behind the activation.
+class GatedMlp(FeedForward):
+    """A feed-forward network with a gate on each hidden unit, behind the activation.
 
     The buffer ``assigned_indicator_index`` says in a state dict which units are open. It is not read.
     """

@@ -15,6 +15,7 @@ from timm.data.mixup import mixup_target
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
+from backbones.spvit_architecture import Architecture
 from tasks.classification.distillation import DistillationConfig, Teacher, distillation_loss
 from tasks.classification.metrics import ClassificationMetrics
 from tasks.classification.network import create_classifier
@@ -87,6 +88,12 @@ class Classification(TaskModule):
         expect("model.mixup_switch_prob", mixup_switch_prob, 0 <= mixup_switch_prob <= 1, "a probability")
         expect("model.num_classes", num_classes, num_classes > 0, "at least 1")
         super().__init__(optim, ema_decay)
+        if isinstance(file := (backbone_options or {}).get("architecture"), str):  # the checkpoint needs no other file
+            try:
+                plain = Architecture.read(file).to_dict()
+            except ValueError as error:
+                raise UserError(f"model.backbone_options.architecture: {error}") from None
+            arguments["backbone_options"] = {**(backbone_options or {}), "architecture": plain}
         self.remember_hyperparameters(arguments)
         if isinstance(distillation, Mapping):  # a checkpoint holds plain values
             distillation = DistillationConfig(**distillation)
@@ -156,6 +163,7 @@ class Classification(TaskModule):
             self.log("train/loss_labels", loss)
             self.log("train/loss_distillation", learned)
             loss = (1 - self.distillation.alpha) * loss + self.distillation.alpha * learned
+        loss = self.with_loss_terms(loss)
         self.log("train/loss", loss, prog_bar=True)
         return loss
 

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from efficiency.callback import EfficiencyCallback
 from tasks.core.errors import UserError, expect
 from tasks.core.optim import OptimConfig, build_optimizer, build_scheduler, for_training
 from tasks.core.report import ReportParts
@@ -120,6 +121,18 @@ class TaskModule(LightningModule):
     def on_fit_start(self) -> None:
         """Keep what the process was seeded with."""
         self._seed = torch.initial_seed()
+
+    def with_loss_terms(self, loss: Tensor) -> Tensor:
+        """The loss of a step plus the terms of efficiency methods, which are logged; for `training_step`.
+
+        They are part of the step's graph, so that automatic mixed precision, DDP and accumulation treat them alike.
+        """
+        for callback in getattr(self._trainer, "callbacks", ()):
+            if isinstance(callback, EfficiencyCallback):
+                for name, term in callback.loss_terms(self).items():
+                    self.log(f"train/loss_{name}", term)
+                    loss = loss + term
+        return loss
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Draw what is random in a step (points, dropout, mixup) from (seed, process, epoch, batch) alone.

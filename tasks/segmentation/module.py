@@ -240,6 +240,7 @@ class FASeg(SegmentationModule):
         if "pixel_logits" in outputs:
             losses["loss_pixel"] = pixel_cross_entropy(outputs["pixel_logits"], batch["mask"])
             total = total + self.auxiliary_weight * losses["loss_pixel"]
+        total = self.with_loss_terms(total)
         self.log("train/loss", total, prog_bar=True)
         for name in sorted(losses.keys() & {"loss_ce", "loss_mask", "loss_dice", "loss_pixel"}):
             self.log(f"train/{name}", losses[name])
@@ -291,7 +292,7 @@ class SemanticFPN(SegmentationModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Per-pixel cross-entropy of one batch."""
-        loss = pixel_cross_entropy(self.network(batch["image"]), batch["mask"])
+        loss = self.with_loss_terms(pixel_cross_entropy(self.network(batch["image"]), batch["mask"]))
         self.log("train/loss", loss, prog_bar=True)
         return loss
 

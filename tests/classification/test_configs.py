@@ -9,6 +9,8 @@ import yaml
 from PIL import Image
 
 from backbones.published import PUBLISHED
+from backbones.spvit_architecture import PUBLISHED_ARCHITECTURES
+from efficiency import SPViT
 from tasks.__main__ import CONFIGS, PACKAGE, find_configs
 from tasks.classification import data as datamodules
 from tasks.classification.imagenet import imagenet_classes
@@ -16,7 +18,15 @@ from tasks.classification.module import Classification
 from tasks.core.optim import OptimConfig, build_optimizer
 
 LISTED = {config.name: config for config in find_configs(CONFIGS, PACKAGE) if config.task == "classification"}
-SAMPLES = ("sample/litv2", "sample/lit", "sample/hvt", "sample/ecoformer")
+SPVIT_SAMPLES = ("sample/deit", "sample/spvit_search", "sample/spvit_finetune")
+SAMPLES = ("sample/litv2", "sample/lit", "sample/hvt", "sample/ecoformer", *SPVIT_SAMPLES)
+# SPViT's configurations by the network that they search for and train.
+SPVIT = {
+    "deit_ti": "spvit_deit_ti_l200_t10", "deit_s": "spvit_deit_sm_l30_t32", "deit_b": "spvit_deit_bs_l008_t60",
+    "swin_t": "spvit_swin_t_l28_t32", "swin_s": "spvit_swin_sm_l04_t55", "swin_b": "spvit_swin_bs_l01_t100",
+}  # fmt: skip
+SEARCHES = [f"spvit_{size}_search" for size in SPVIT]
+FINE_TUNINGS = [f"spvit_{size}_finetune" for size in SPVIT]
 ECOFORMER = [name for name in PUBLISHED if re.fullmatch(r"(pvt_v2_b\d|twins_svt_small)_(msa|ecoformer)", name)]
 NOT_TRAINED = {f"twins_svt_{size}_{kind}" for size in ("base", "large") for kind in ("msa", "ecoformer")}  # by anyone
 DROP_PATH = {
@@ -36,31 +46,52 @@ def datamodule_of(config):
 def network_of(config, **linked):
     """The module of a configuration, its tensors without memory."""
     options = config["model"]["init_args"] | linked
+    options |= {"optim": OptimConfig(**options["optim"]), "pretrained": False}
     with torch.device("meta"):
-        return Classification(**options | {"optim": OptimConfig(**options["optim"])})
+        return Classification(**options)
+
+
+def apply_spvit(config, model, folder):
+    """Let the callback of a configuration change the network; of the units that stay, the number is right."""
+    for callback in config["trainer"]["callbacks"] or []:
+        if callback["class_path"].endswith("SPViT"):
+            options = dict(callback["init_args"])
+            if options["indicators"]:
+                options["indicators"] = str(folder / "indicators.pth")
+                architecture = PUBLISHED_ARCHITECTURES[options["architecture"]]
+                hidden = [4 * architecture.dims[stage] for stage in architecture.stages]
+                masks = [torch.arange(n) < block.width for n, block in zip(hidden, architecture.blocks, strict=True)]
+                named = {f"{i}.mlp.assigned_indicator_index": mask.float() for i, mask in enumerate(masks)}
+                torch.save({"model": named}, options["indicators"])
+            with torch.device("meta"):
+                SPViT(**options).convert(model)
 
 
 def test_every_published_network_has_its_configuration():
-    assert set(LISTED) == {*PUBLISHED, "hvt_s_1_cifar100", *SAMPLES} - NOT_TRAINED
-    assert {*FULL_TRAININGS, "litv2_b_384", *ECOFORMER, *SAMPLES} == set(LISTED)
+    by_name = {name for name in PUBLISHED if not name.startswith("spvit_")} - NOT_TRAINED
+    assert set(LISTED) == {*by_name, "hvt_s_1_cifar100", *SAMPLES, *SEARCHES, *FINE_TUNINGS}
+    assert {*FULL_TRAININGS, "litv2_b_384", *ECOFORMER, *SAMPLES, *SEARCHES, *FINE_TUNINGS} == set(LISTED)
 
 
 @pytest.mark.parametrize("name", LISTED)
 def test_comments_say_what_it_is_and_what_was_published(name):
     config = LISTED[name]
     assert config.description
-    if name in PUBLISHED and PUBLISHED[name].top1:
+    network = SPVIT[name[6:-9]] if name in FINE_TUNINGS else name
+    if network in PUBLISHED and PUBLISHED[network].top1:
         accuracy = re.fullmatch(r"(\d\d\.\d\d?) top-1, ImageNet val", config.published)
-        assert float(accuracy[1]) == PUBLISHED[name].top1
+        assert float(accuracy[1]) == PUBLISHED[network].top1
     else:
         assert config.published.startswith("none")
 
 
 @pytest.mark.parametrize("name", LISTED)
-def test_parses_and_builds(name, resolved):
+def test_parses_and_builds(name, resolved, tmp_path):
     config = resolved(name)
     data = datamodule_of(config)
-    model = network_of(config, num_classes=data.num_classes, img_size=data.image_size)
+    searched = {"weights": None, "backbone_options": None} if name == "sample/spvit_finetune" else {}
+    model = network_of(config, num_classes=data.num_classes, img_size=data.image_size, **searched)
+    apply_spvit(config, model, tmp_path)
     optimizer = build_optimizer(model.network, model.optim)
     parameters = list(model.network.parameters())
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(parameters)
@@ -152,6 +183,44 @@ def test_learning_rate_and_decay_of_every_parameter_are_official(name, resolved)
     assert len(slow) == (0 if "hvt" in name else 3)
 
 
+@pytest.mark.parametrize("size", SPVIT)
+def test_recipes_of_spvit(size, resolved, tmp_path):
+    """Of the search and of the fine-tuning, for a global batch of 1024."""
+    targets = {"deit_ti": (1.0, 20.0), "deit_s": (3.2, 3.0), "deit_b": (6.0, 0.08)}
+    targets |= {"swin_t": (3.2, 2.8), "swin_s": (5.5, 0.4), "swin_b": (10.0, 0.1)}
+    drop_path = {"swin_t": 0.2, "swin_s": 0.3, "swin_b": 0.5}.get(size, 0.1)
+    swin = "swin" in size
+    for kind, epochs, schedule in (("search", 20, "constant"), ("finetune", 130, "cosine")):
+        config = resolved(f"spvit_{size}_{kind}")
+        model, data, trainer = config["model"]["init_args"], config["data"]["init_args"], config["trainer"]
+        optim = {
+            "lr": 1e-4, "reference_batch_size": 1024, "schedule": schedule, "warmup_epochs": 0, "weight_decay": 0.05,
+            "clip_grad": 5.0 if swin else None,
+        }  # fmt: skip
+        assert {key: model["optim"][key] for key in optim} == optim
+        assert (model["drop_path_rate"], model["pretrained"], data["repeats"]) == (drop_path, True, 1 if swin else 3)
+        assert (trainer["max_epochs"], trainer["precision"]) == (epochs, "16-mixed")
+        callback = trainer["callbacks"][0]["init_args"]
+        if kind == "search":
+            assert (callback["target"], callback["weight"]) == targets[size]
+            assert data["batch_size"] * (4 if size == "deit_ti" else 8) == (736 if size == "swin_b" else 1024)
+            network = network_of(config, num_classes=1000, img_size=224)
+            apply_spvit(config, network, tmp_path)
+            groups = build_optimizer(network.network, network.optim).param_groups
+            settings = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+            gates = {n: settings[id(p)] for n, p in network.network.named_parameters() if "thresholds" in n}
+            assert len(gates) == 2 * len(network.network.architecture.blocks)
+            assert {lr for lr, _ in gates.values()} == {pytest.approx(5e-4 if size == "deit_s" else 1e-3)}
+            assert {decay for _, decay in gates.values()} == {0.0}
+        else:
+            assert (callback["architecture"], callback["official_blocks"]) == (SPVIT[size], swin)
+            assert model["optim"]["min_lr"] == 1e-5
+
+
+def test_a_missing_architecture_is_said_in_one_line(fails):
+    fails("fit", "-c", "configs/sample/spvit_finetune.yaml", parts=("architecture.json: no such architecture",))
+
+
 # -- steps ----------------------------------------------------------------------------------------------------------
 
 
@@ -178,7 +247,7 @@ def write_imagenet(root):
     [
         ("litv2_s", write_imagenet, {"embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 4, 8]}),
         ("hvt_s_1_cifar100", write_cifar100, {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}),
-        *((name, None, None) for name in SAMPLES),
+        *((name, None, None) for name in SAMPLES if name != "sample/spvit_finetune"),
     ],
 )
 def test_a_step_of_training_and_of_validation(name, write, network, run_cli, tmp_path):
