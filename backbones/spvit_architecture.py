@@ -159,7 +159,8 @@ class Architecture:
             fixed += tokens[0] * dims[0] + dims[-1] * (tokens[0] // 2 ** len(dims))
             merged = zip(tokens, tokens[1:], dims, strict=False)
             fixed += sum(before * dim + after * 8 * dim**2 for before, after, dim in merged)
-        mixers, unit = [], []
+        mixers: list[Mapping[Mixer, int]] = []
+        unit = []
         for stage in self.stages:
             dim, count = dims[stage], tokens[stage]
             head_dim = dim // self.num_heads[stage]

@@ -85,7 +85,7 @@ def split_network(network: nn.Module) -> Network:
         return network
     model: Any = network
     if type(network) is VisionTransformer:
-        ours = _split_deit(model)
+        ours: Network = _split_deit(model)
     elif type(network) is SwinTransformer:
         ours = _split_swin(model)
     else:
@@ -145,7 +145,8 @@ def _split_swin(model: Any) -> SPViTSwin:
 
 
 def _drop_path_rate(model: nn.Module) -> float:
-    return max((module.drop_prob for module in model.modules() if hasattr(module, "drop_prob")), default=0.0)
+    modules: list[Any] = [module for module in model.modules() if hasattr(module, "drop_prob")]
+    return max((module.drop_prob for module in modules), default=0.0)
 
 
 def blocks_of(network: Network) -> list[MixerBlock]:
