@@ -14,7 +14,7 @@ from timm.models import checkpoint
 from torch import Tensor, nn
 
 from backbones.deformable_merging import DeformableTokenMerging
-from backbones.staged import Flavour, StagedFeatures, Stages
+from backbones.staged import Flavour, LayeredStages, StagedFeatures
 
 # (stage, dim) -> layer on maps (B, H, W, C)
 AttentionFactory = Callable[[int, int], nn.Module]
@@ -87,7 +87,7 @@ def _images_in_cache(x: Tensor) -> int:
     return max(1, -(-batch // parts))
 
 
-class LITStages(Stages):
+class LITStages(LayeredStages):
     """Patch embedding and stages, of dims C, 2C, 4C, 8C at strides 4, 8, 16, 32.
 
     Args:
@@ -132,45 +132,6 @@ class LITStages(Stages):
             ]
             last = stage == len(depths) - 1
             self.layers.append(Stage(blocks, None if last else DeformableTokenMerging(dim, 2 * dim)))
-
-    @property
-    def stages(self) -> list[Stage]:
-        """The stages, typed."""
-        return [stage for stage in self.layers if isinstance(stage, Stage)]
-
-    def forward_stages(self, image: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Maps (B, H / s, W / s, C_s) of the stages, before their token merging, for an image (B, C_in, H, W)."""
-        x = self.patch_embed(image)
-        maps = []
-        for stage in self.stages:
-            x = stage(x)
-            maps.append(x)
-            if stage.downsample is not None:
-                x = stage.downsample(x)
-        return maps, maps[-1]
-
-    def keep_stages(self, count: int) -> None:
-        """Drop the stages behind the first `count`, whose parameters would get no gradient."""
-        del self.layers[count:]
-        self.stages[-1].downsample = None
-        self.num_stages = count
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block's activations in the backward pass."""
-        for stage in self.stages:
-            stage.grad_checkpointing = enable
-
-    def no_weight_decay(self) -> set[str]:
-        """Names of the relative position tables."""
-        return {name for name, _ in self.named_parameters() if name.endswith("relative_position_bias_table")}
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Patterns that number the layers for layer-wise learning rates (timm)."""
-        if coarse:
-            return {"stem": r"^patch_embed", "blocks": r"^layers\.(\d+)"}
-        # token merging comes behind the blocks of its stage
-        blocks = [(r"^layers\.(\d+)\.downsample", (9999,)), (r"^layers\.(\d+)\.blocks\.(\d+)", None)]
-        return {"stem": r"^patch_embed", "blocks": [*blocks, (r"^norm", (99999,))]}
 
 
 class LITFeatures(StagedFeatures):

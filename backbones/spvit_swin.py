@@ -18,7 +18,7 @@ from backbones.lit_stages import PatchEmbedding
 from backbones.positions import relative_index
 from backbones.spvit_architecture import SWIN_T, TAPS, WINDOW, Architecture, Mixer
 from backbones.spvit_layers import BottleneckConv, MixerBlock, Passed, SplitAttention, checkpointed
-from backbones.staged import StagedClassifier, Stages
+from backbones.staged import LayeredStages, StagedClassifier
 from backbones.swin import PatchMerging
 
 EPS = 1e-5
@@ -127,7 +127,7 @@ class MixerStage(nn.Module):
         return x
 
 
-class SwinStages(Stages):
+class SwinStages(LayeredStages):
     """Patches, then stages of dims C, 2C, 4C, 8C at strides 4, 8, 16, 32; arguments as of `backbones.spvit`'s DeiT.
 
     Windows have 7 x 7 tokens, or as many as the shorter side of the stage's map has at `img_size`. Maps of other images
@@ -184,45 +184,10 @@ class SwinStages(Stages):
             last = stage == self.num_stages - 1
             self.layers.append(MixerStage(blocks, side, None if last else PatchMerging(dim)))
 
-    @property
-    def stages(self) -> list[MixerStage]:
-        """The stages, typed."""
-        return [stage for stage in self.layers if isinstance(stage, MixerStage)]
-
-    def forward_stages(self, image: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Maps (B, ceil(H / s), ceil(W / s), C_s) of the stages for an image (B, C_in, H, W)."""
+    def embed(self, image: Tensor) -> Tensor:
+        """The map (B, ceil(H / p), ceil(W / p), C) of an image (B, C_in, H, W)."""
         height, width = image.shape[-2:]
-        x = self.patch_embed(F.pad(image, (0, -width % self.patch_size, 0, -height % self.patch_size)))
-        maps = []
-        for stage in self.stages:
-            x = stage(x)
-            maps.append(x)
-            if stage.downsample is not None:
-                x = stage.downsample(x)
-        return maps, maps[-1]
-
-    def keep_stages(self, count: int) -> None:
-        """Drop the stages behind the first `count`, whose parameters would get no gradient."""
-        del self.layers[count:]
-        self.stages[-1].downsample = None
-        self.num_stages = count
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block's activations in the backward pass."""
-        for stage in self.stages:
-            stage.grad_checkpointing = enable
-
-    def no_weight_decay(self) -> set[str]:
-        """Names of the relative position tables."""
-        return {name for name, _ in self.named_parameters() if name.endswith("relative_position_bias_table")}
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Patterns that number the layers for layer-wise learning rates (timm)."""
-        if coarse:
-            return {"stem": r"^patch_embed", "blocks": r"^layers\.(\d+)"}
-        # patch merging comes behind the blocks of its stage
-        blocks = [(r"^layers\.(\d+)\.downsample", (9999,)), (r"^layers\.(\d+)\.blocks\.(\d+)", None)]
-        return {"stem": r"^patch_embed", "blocks": [*blocks, (r"^norm", (99999,))]}
+        return self.patch_embed(F.pad(image, (0, -width % self.patch_size, 0, -height % self.patch_size)))
 
 
 class SPViTSwin(StagedClassifier, SwinStages):

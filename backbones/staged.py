@@ -36,6 +36,57 @@ class Stages(nn.Module):
         raise NotImplementedError
 
 
+class LayeredStages(Stages):
+    """Stages named as in Swin: ``patch_embed``, ``layers`` with their ``blocks``, and ``downsample`` but in the last.
+
+    A module of `layers` transforms a map (B, H, W, C), leaves `downsample` to the network and recomputes its blocks
+    in the backward pass where ``grad_checkpointing`` is true.
+    """
+
+    patch_embed: nn.Module
+    layers: nn.ModuleList
+
+    def embed(self, image: Tensor) -> Tensor:
+        """The map (B, H / p, W / p, C) that enters the first stage, of an image (B, C_in, H, W)."""
+        return self.patch_embed(image)
+
+    def forward_stages(self, image: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Maps (B, H / s, W / s, C_s) of the stages, before they are merged, for an image (B, C_in, H, W)."""
+        x, maps = self.embed(image), []
+        layers: Any = self.layers
+        for stage in layers:
+            x = stage(x)
+            maps.append(x)
+            if stage.downsample is not None:
+                x = stage.downsample(x)
+        return maps, maps[-1]
+
+    def keep_stages(self, count: int) -> None:
+        """Drop the stages behind the first `count`, whose parameters would get no gradient."""
+        del self.layers[count:]
+        last: Any = self.layers[-1]
+        last.downsample = None
+        self.num_stages = count
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block's activations in the backward pass."""
+        layers: Any = self.layers
+        for stage in layers:
+            stage.grad_checkpointing = enable
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the relative position tables."""
+        return {name for name, _ in self.named_parameters() if name.endswith("relative_position_bias_table")}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Patterns that number the layers for layer-wise learning rates (timm)."""
+        if coarse:
+            return {"stem": r"^patch_embed", "blocks": r"^layers\.(\d+)"}
+        # tokens are merged behind the blocks of their stage
+        blocks = [(r"^layers\.(\d+)\.downsample", (9999,)), (r"^layers\.(\d+)\.blocks\.(\d+)", None)]
+        return {"stem": r"^patch_embed", "blocks": [*blocks, (r"^norm", (99999,))]}
+
+
 class StagedClassifier(Stages):
     """Stages, final norm, pooling and a linear classifier, with timm's methods.
 

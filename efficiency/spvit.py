@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from timm.layers import Mlp
+from timm.layers import DropPath, Mlp
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -84,8 +84,9 @@ def split_network(network: nn.Module) -> Network:
             raise ValueError("the network has gates already: expected a plain one")
         return network
     model: Any = network
+    ours: Network
     if type(network) is VisionTransformer:
-        ours: Network = _split_deit(model)
+        ours = _split_deit(model)
     elif type(network) is SwinTransformer:
         ours = _split_swin(model)
     else:
@@ -145,8 +146,7 @@ def _split_swin(model: Any) -> SPViTSwin:
 
 
 def _drop_path_rate(model: nn.Module) -> float:
-    modules: list[Any] = [module for module in model.modules() if hasattr(module, "drop_prob")]
-    return max((module.drop_prob for module in modules), default=0.0)
+    return max((float(module.drop_prob) for module in model.modules() if isinstance(module, DropPath)), default=0.0)
 
 
 def blocks_of(network: Network) -> list[MixerBlock]:

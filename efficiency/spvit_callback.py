@@ -103,7 +103,7 @@ class SPViT(EfficiencyCallback):
         """Log the multiply-adds of what the gates choose."""
         network: Any = pl_module.network
         if is_gated(network):
-            pl_module.log("train/gmacs", float(cost(network, network.img_size).total) / 1e9)
+            pl_module.log("train/gmacs", float(cost(network, network.img_size).total.detach()) / 1e9)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write what the search has found, from the weights at its end."""

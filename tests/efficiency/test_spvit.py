@@ -211,7 +211,7 @@ def test_the_loss_pulls_every_gate_towards_the_target():
     for target, sign in ((0.0, 1), (1.0, -1)):
         network = searched("deit")
         loss = spvit.target_loss(spvit.cost(network, 32), target, weight=2.0)
-        assert float(loss) == pytest.approx(2 * (target - spvit.found_architecture(network).macs(32, 5) / 1e9) ** 2)
+        assert loss.item() == pytest.approx(2 * (target - spvit.found_architecture(network).macs(32, 5) / 1e9) ** 2)
         loss.backward()
         for block in network.blocks:
             assert (block.mlp.ffn_thresholds.grad * sign > 0).all()
