@@ -159,7 +159,9 @@ def quantize_reference(
     position = _grouped(x.to(dtype), span.numel()) - shift.to(dtype)[:, None]
     position *= scale[:, None]
     if seed is not None:
-        position += (rounding_noise(x.numel(), seed).to(dtype) - 0.5).view_as(position)
+        noise = rounding_noise(x.numel(), seed).view_as(position)
+        # Officially a float16 position becomes float32 where noise is added.
+        position = position + noise - 0.5 if upstream else position.add_(noise.to(dtype) - 0.5)
     if upstream:
         position = torch.where(position > 0, position, 0).round_()  # NaN becomes 0, too
         position = torch.where(position.isinf(), 255, position % 256)  # infinity does not wrap

@@ -6,6 +6,7 @@ configuration), a gated MLP, a gated mixer, a list of keys, or the costs of netw
 
 import json
 import re
+from collections import defaultdict
 from contextlib import contextmanager
 from unittest import mock
 
@@ -21,7 +22,8 @@ from backbones.spvit_swin import SPViTSwin, WindowAttention, WindowConv, Windows
 from efficiency import spvit
 from efficiency.spvit_gates import GatedAttention, GatedMlp, GatedWindowAttention, drawn_gates, expected_gates
 
-INPUTS = re.compile(r"x|mask|uniform.*|grad_y(_.*)?|thresholds_\w+|sd\w*\..*|ffn_indicator\.\d+")
+INPUTS = re.compile(r"x|mask|.*uniform.*|(.*\W)?grad_y(\W.*|_.*)?|thresholds_\w+|sd\w*\..*|ffn_indicator\.\d+")
+drawn = set()  # names of the case at hand that belong to a pattern of drawn gates
 COMPUTED = ("relative_position_index", "attn_mask")
 
 
@@ -31,10 +33,11 @@ def is_expected(name):
 
 def tolerance(name):
     """Of drawn patterns, float32 training with batch norm over few tokens: up to 4e-6 off float64 here."""
-    return 1e-5 if re.search(r"_\d+$", name) else None
+    return 1e-5 if name in drawn else None
 
 
 def run_case(meta, tensors, path):
+    drawn.clear()
     names = set(tensors)
     if any(name.startswith("sd_source.") for name in names):
         return run_source(meta, tensors, path)
@@ -204,15 +207,16 @@ def run_mixer(meta, tensors):
         side = meta["window_size"][0]
         # Windows beside each other make one map; with a mask they are those of shifted ones, which `x` is already.
         where = FixedWindows(side, side, side, 0, tensors["mask"].to(x.dtype) if "mask" in tensors else None)
-        x = x.unflatten(1, (side, side))
         gated = GatedWindowAttention(dim, heads, side, alpha)
     else:
         where, gated = tuple(meta["window_size"]), GatedAttention(dim, heads, alpha)
     gated.load_state_dict(state)
     assert meta.get("theta", 1.5) == 1.5
     computed = {}
-    if any(name.startswith("uniform") for name in tensors):
-        computed |= train_mixer(gated, tensors, x, where)
+    if any("uniform" in name for name in tensors):
+        computed |= train_mixer(gated, meta, tensors, x, where)
+        gated.load_state_dict(state)
+    x = x.unflatten(1, (side, side)) if swin else x
     gated.eval()
     for dtype, suffix in ((torch.float32, ""), (torch.float64, "_f64")):
         gated.to(dtype)
@@ -275,29 +279,60 @@ def merged(layer, swin):
     }
 
 
-def train_mixer(gated, tensors, x, where):
-    """Every drawn pattern: output, gates and gradients of ``sum(y * grad_y)``, named by pattern behind the last "_"."""
-    computed = {}
+def train_mixer(gated, meta, tensors, x, where):
+    """Every drawn pattern: output, gates and gradients of ``sum(y * grad_y)``.
+
+    Names say of which pattern a tensor is in what stands around ``uniform`` in that of its draw; without any, patterns
+    are rows of the tensors.
+    """
     state = {name: tensor.clone() for name, tensor in gated.state_dict().items()}
-    for key in [name for name in tensors if name.startswith("uniform")]:
-        suffix = key.removeprefix("uniform")
-        gated.load_state_dict(state)
-        gated.train().zero_grad()
-        leaf = x.clone().requires_grad_()
-        with recorded(tensors[key]):
-            drawn = drawn_gates(gated.thresholds, True).cumprod(0)
-            y = gated(leaf, where)
-        computed |= {f"{name}{suffix}": drawn for name in ("gates", "pattern", "sampled")}
-        computed[f"indicators{suffix}"] = expected_gates(gated.thresholds).cumprod(0)
-        y = y.flatten(1, 2) if leaf.ndim == 4 else y
-        (y * tensors.get(f"grad_y{suffix}", tensors.get("grad_y"))).sum().backward()
-        computed[f"y{suffix}"] = computed[f"y_train{suffix}"] = y
-        gradients = {"x": leaf.grad, "thresholds": gated.thresholds.grad}
-        gradients |= {name: parameter.grad for name, parameter in gated.named_parameters()}
-        for name, gradient in gradients.items():
-            for written in {name, name.replace(".", "_"), name.removesuffix(".weight")}:
-                computed[f"grad_{written}{suffix}"] = gradient
+    with_cost = re.search(r"\+ ?sum", meta.get("notes", ""))  # the sum of the expected gates, as for a gated MLP
+    computed, names, largest = {}, {}, defaultdict(float)
+    for key, draws in tensors.items():
+        if "uniform" not in key:
+            continue
+        start, end = key.split("uniform")
+        grads = tensors.get(f"{start}grad_y{end}", tensors.get("grad_y"))
+        rows = []
+        for number, draw in enumerate(draws.view(-1, 3)):
+            gated.load_state_dict(state)
+            grad = grads[number] if grads.ndim > x.ndim else grads
+            rows.append(train_pattern(gated, draw, x, where, grad, with_cost))
+        for name in (name for name in tensors if is_expected(name) and name.startswith(start) and name.endswith(end)):
+            wanted = canonical(name[len(start) : len(name) - len(end)])
+            if wanted in rows[0]:
+                found = torch.stack([row[wanted] for row in rows]) if draws.ndim == 2 else rows[0][wanted]
+                computed[name] = found
+                names[name] = wanted
+                largest[wanted] = max(largest[wanted], float(found.abs().max()))
+    drawn.update(names)
+    # Officially an open gate is (1 + p) - p, not quite 1: a branch that is off leaves rounding errors.
+    for name, wanted in names.items():
+        if max(float(tensor.abs().max()) for tensor in (computed[name], tensors[name])) < 1e-6 * largest[wanted]:
+            computed[name] = tensors[name]
     return computed
+
+
+def canonical(name):
+    """One spelling of a tensor of a pattern."""
+    name = re.sub(r"\W", "_", name).removesuffix("_weight")
+    name = re.sub(r"kernel_thresholds(_full)?$", "thresholds", name)
+    return {"y_train": "y", "pattern": "gates", "sampled": "gates"}.get(name, name)
+
+
+def train_pattern(gated, draw, x, where, grad, with_cost):
+    gated.train().zero_grad()
+    leaf = x.clone().requires_grad_()
+    with recorded(draw):
+        gates = drawn_gates(gated.thresholds, True).cumprod(0)
+        y = gated(leaf.unflatten(1, (where.side, where.side)) if isinstance(where, Windows) else leaf, where)
+    y = y.flatten(1, 2) if isinstance(where, Windows) else y
+    indicators = expected_gates(gated.thresholds).cumprod(0)
+    ((y * grad).sum() + (indicators.sum() if with_cost else 0)).backward()
+    gradients = {"x": leaf.grad} | {name: parameter.grad.clone() for name, parameter in gated.named_parameters()}
+    computed = {"y": y, "gates": gates, "indicators": indicators} | dict(gated.named_buffers())
+    computed |= {f"grad_{name}": gradient for name, gradient in gradients.items()}
+    return {canonical(name): tensor.detach().clone() for name, tensor in computed.items()}
 
 
 # -- lists ------------------------------------------------------------------------------------------------------------
