@@ -81,6 +81,36 @@ def test_networks_that_can_are_told_to(name):
     assert after < 0.8 * before
 
 
+class NormBlock(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16, momentum=None), nn.ReLU(), nn.Linear(16, 8))
+
+    def forward(self, x):
+        return x + self.mlp(x)
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "wrapped blocks"])
+def test_batch_norms_count_a_batch_once(name):
+    torch.manual_seed(0)
+    if name == "test_resnet":
+        plain, x = backbones.create(name, num_classes=3).train(), torch.randn(2, 3, 64, 64)
+    else:
+        plain, x = nn.Sequential(NormBlock(), NormBlock()), torch.randn(16, 8)
+    network = copy.deepcopy(convert(copy.deepcopy(plain)))
+    for _ in range(2):
+        _, exact, _ = step(plain, x)
+        _, gradients, _ = step(network, x)
+    for gradient, expected in zip(gradients.values(), exact.values(), strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-5)
+    for buffer, expected in zip(network.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(buffer, expected)
+    momenta = [
+        [m.momentum for m in n.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)] for n in (network, plain)
+    ]
+    assert momenta[0] == momenta[1]
+
+
 def test_a_network_without_blocks_is_refused():
     with pytest.raises(ValueError, match="Sequential has no blocks to checkpoint"):
         convert(nn.Sequential(nn.Linear(3, 3), nn.ReLU()))
