@@ -72,6 +72,18 @@ def test_forward_is_exact_and_gradients_point_the_same_way(name, dtype):
     assert min(cosines(gradients, exact).values()) > (0.999 if dtype == torch.float32 else 0.998)
 
 
+@pytest.mark.parametrize(("dtype", "share"), [(torch.float32, 0.40), (torch.bfloat16, 0.60)], ids=str)
+def test_deit_s_keeps_its_share(dtype, share):
+    """Blocks of DeiT-S at the batch and image size of the benchmark; two of them, as the rest keep the same."""
+    plain = timm.create_model("deit_small_patch16_224", depth=2).train()
+    kept = []
+    for network in (plain, convert(copy.deepcopy(plain))):
+        with autocast(torch.device("cpu"), dtype), count_saved_bytes(network) as saved:
+            network(batch(16, pixels=224))
+        kept.append(saved.total)
+    assert kept[1] <= share * kept[0]
+
+
 def test_what_is_kept_is_counted_by_kind():
     network = convert(vit())
     _, _, saved = train_step(network, batch())
@@ -337,6 +349,25 @@ def test_gradients_accumulate():
         sums = {name: sums.get(name, 0) + p.grad for name, p in apart.named_parameters()}
     for name, parameter in together.named_parameters():
         torch.testing.assert_close(parameter.grad, sums[name], rtol=1e-4, atol=1e-6)
+
+
+def test_float16_with_a_gradient_scaler_trains_alike():
+    losses = []
+    for network in (vit(num_classes=4), convert(vit(num_classes=4))):
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.05)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20)  # overflows at first
+        for _ in range(20):
+            with autocast(torch.device("cpu"), torch.float16):
+                loss = F.cross_entropy(network(batch(4)).float(), torch.arange(4))
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        losses.append(loss.item())
+        assert 1 <= scaler.get_scale() < 2.0**20
+    assert losses[1] == pytest.approx(losses[0], abs=0.02)
+    assert losses[1] < 1.0
+    assert all(running.span.isfinite().all() for running in find(network).ranges.values())
 
 
 def test_changes_in_place_are_noticed():

@@ -11,7 +11,10 @@ from tasks.segmentation.module import FASeg, SemanticFPN
 from tasks.segmentation.semantic_fpn import SemanticFPNNetwork
 from tasks.segmentation.weights import load_weights
 
-NAMES = ["litv2_s", "lit_s", "lit_ti", "pvt_v2_b0", "swin_tiny_patch4_window7_224"]
+NAMES = [
+    "litv2_s", "lit_s", "lit_ti", "pvt_v2_b0", "pvt_v2_b0_ecoformer", "spvit_swin_t_l28_t32",
+    "swin_tiny_patch4_window7_224",
+]  # fmt: skip
 CLASSES = 5
 SMALL_FASEG = {
     "hidden_dim": 32, "mask_dim": 32, "num_heads": 4, "num_queries": 6, "num_layers": 5, "encoder_layers": 1,
