@@ -44,7 +44,8 @@ def convert(
     In evaluation and without gradients it runs as before. What is kept depends on the kind of the module that runs, see
     `Policy`. Parameters, tensors without gradient (statistics, masks) and small ones stay as they are; of checkpointed
     blocks only the inputs are kept, in 8 bits. Double backward works, with restored numbers. Rounding is random, from
-    the state of torch's generator, which it does not advance.
+    the state of torch's generator, which it does not advance. What `torch.compile` has compiled keeps its own tensors,
+    exactly.
 
     Args:
         network: Any module. It is the one whose forward pass counts: what is computed outside of it is not touched.
