@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pycocotools import mask as rle_api
 
 from tasks.core.data import DataError
 from tasks.core.images import named_images, read_image
 from tasks.detection.annotations import Categories, Content
 from tasks.detection.instances import Instances
+from tasks.detection.masks import rasterize
 
 
 @dataclass(frozen=True)
@@ -94,23 +94,6 @@ def read_sample(sample: Sample, with_masks: bool) -> tuple[np.ndarray, Instances
         )
     masks = rasterize(sample.segmentations, height, width) if with_masks else None
     return image, Instances(sample.boxes, sample.labels, masks).clipped(height, width)
-
-
-def rasterize(segmentations: tuple[Any, ...], height: int, width: int) -> np.ndarray:
-    """Fill polygons or decode run lengths into masks (n, height, width) uint8 of 0 and 1, as pycocotools does."""
-    masks = np.zeros((len(segmentations), height, width), dtype=np.uint8)
-    for mask, segmentation in zip(masks, segmentations, strict=True):
-        mask[:] = rle_api.decode(to_rle(segmentation, height, width))
-    return masks
-
-
-def to_rle(segmentation: Any, height: int, width: int) -> dict[str, Any]:
-    """The compressed run-length encoding of polygons or of another encoding."""
-    if isinstance(segmentation, dict):
-        if isinstance(segmentation["counts"], list):
-            return rle_api.frPyObjects(segmentation, height, width)
-        return segmentation
-    return rle_api.merge(rle_api.frPyObjects(segmentation, height, width))
 
 
 def samples_to_predict(images: str) -> list[Sample]:
