@@ -217,8 +217,7 @@ def test_boxes_become_double_before_their_sides_are_computed():
         "annotations": [annotation | {"area": 16 * width}],
         "categories": [{"id": 1, "name": "a"}],
     }
-    record = {"boxes": np.array([[x1, 0, x2, 8]]), "scores": np.float32([1]), "labels": np.array([0])}
-    assert record["boxes"].dtype == np.float32
+    record = {"boxes": np.float32([[x1, 0, x2, 8]]), "scores": np.float32([1]), "labels": np.array([0])}
     result = metrics_of({"1": record}, ("box",)).compute(truth, [1])
     assert result["box_AP50"] == reference(truth, {"1": record}, [1], "bbox").stats[1] == 1
 
