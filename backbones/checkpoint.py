@@ -128,6 +128,7 @@ def load_checkpoint(
     path: str | Path,
     *,
     tables: Mapping[str, Table] = BACKBONE_TABLES,
+    backbone: str = "backbone.",
     min_backbone_match: float = 0.9,
 ) -> LoadReport:
     """Load a weight file into `model` under the key table, of those in `tables`, by which the most tensors fit.
@@ -135,7 +136,7 @@ def load_checkpoint(
     Position tables of another window or image size are resized; projections of softmax attention become those of the
     kind of attention that the model has (`backbones.attention_keys`). Tensors of another shape (a head for other
     classes) are left out with a warning. Raises CheckpointError, before anything is changed, when less than
-    `min_backbone_match` of the tensors of ``model.backbone`` (of the model if it has no such child) fit.
+    `min_backbone_match` of the tensors whose names begin with `backbone` (of the whole model if there are none) fit.
     """
     path = Path(path)
     state_dict = rename(read_state_dict(path), BUFFERS)
@@ -163,7 +164,7 @@ def load_checkpoint(
         mismatched={name: mismatched[name] for name in target if name in mismatched},
         ignored=[*ignored, *replaced, *dropped, *ranges],
     )
-    _require_backbone(report, target, min_backbone_match)
+    _require_backbone(report, target, backbone, min_backbone_match)
     if report.mismatched:
         shapes = [f"{name} {file} in the file, {here} here" for name, (file, here) in report.mismatched.items()]
         warnings.warn(f"{path}: not loaded because of their shape: {first_names(shapes)}", stacklevel=2)
@@ -189,8 +190,8 @@ def _of_other_heads(names: Sequence[str], target: Mapping[str, Tensor]) -> list[
     return [name for name, part in found.items() if not any(key.startswith(part) for key in target)]
 
 
-def _require_backbone(report: LoadReport, target: Mapping[str, Tensor], min_match: float) -> None:
-    inside = [name for name in target if name.startswith("backbone.")] or list(target)
+def _require_backbone(report: LoadReport, target: Mapping[str, Tensor], prefix: str, min_match: float) -> None:
+    inside = [name for name in target if name.startswith(prefix)] or list(target)
     wanted = {name for name in inside if not name.endswith(COMPUTED)}
     loaded = len(wanted.intersection(report.loaded))
     if loaded >= min_match * len(wanted):
