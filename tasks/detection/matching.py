@@ -22,6 +22,7 @@ FOREGROUND_IOU = 0.5
 BACKGROUND_IOU = 0.1
 CORRECT, LOCATION, CLASS, DUPLICATE, BACKGROUND, OTHER, MISSED = range(7)
 KINDS = ("correct", "badly localised", "wrong class", "duplicate", "background", "other", "missed")
+OBJECTS = len(KINDS)  # counted beside them: all objects, found or not
 IGNORED = -1  # a detection in a region of the ground truth that marks a crowd
 
 
@@ -60,7 +61,7 @@ class Matches:
         kinds: (s,) index into `KINDS`, or `IGNORED`.
         found: (n,) whether an object has a detection of its class with an IoU of at least 0.5; crowds count as found.
         score: See `image_score`.
-        counts: {(class, kind): number}, by the detection's class, and by the object's for what is missed.
+        counts: {(class, kind): number}, by the detection's class, and by the object's for `MISSED` and `OBJECTS`.
     """
 
     shown: NDArray[np.integer]
@@ -99,8 +100,8 @@ def match_image(record: Record, truth: Truth) -> Matches:
         if about is not None:
             covered[about] = True
     counts: dict[tuple[int, int], int] = {}
-    missed = truth.labels[objects[~covered]]
-    pairs = [*zip(labels, kinds, strict=True), *((label, MISSED) for label in missed)]
+    pairs = [*zip(labels, kinds, strict=True), *((label, MISSED) for label in truth.labels[objects[~covered]])]
+    pairs += [(label, OBJECTS) for label in truth.labels[objects]]
     for label, kind in pairs:
         if kind != IGNORED:
             counts[int(label), int(kind)] = counts.get((int(label), int(kind)), 0) + 1
@@ -123,10 +124,10 @@ def image_score(correct: int, not_found: int, false_scores: NDArray[np.floating]
 
 
 class ErrorCounts:
-    """Numbers of finds and mistakes of every class over the images of an evaluation."""
+    """Numbers of finds, mistakes and objects of every class over the images of an evaluation."""
 
     def __init__(self, num_classes: int) -> None:
-        self.counts = np.zeros((num_classes, len(KINDS)), dtype=np.int64)
+        self.counts = np.zeros((num_classes, len(KINDS) + 1), dtype=np.int64)
 
     def add(self, matches: Matches) -> None:
         """Count one image."""
@@ -134,7 +135,7 @@ class ErrorCounts:
             self.counts[place] += number
 
     def gather(self) -> NDArray[np.int64]:
-        """The counts (K, kinds) of all processes; every process must call it."""
+        """The counts (K, kinds + 1) of all processes, objects last; every process must call it."""
         return np.sum(all_gather(self.counts), axis=0)
 
 

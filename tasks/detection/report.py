@@ -16,15 +16,14 @@ from tasks.core.evaluation import Sample
 from tasks.core.report import Picture, ReportParts, Table
 from tasks.core.report.figures import class_bars, precision_recall_curves
 from tasks.core.report.objects import NO_OBJECT, Objects, truth_and_prediction
-from tasks.detection.matching import KINDS, MIN_SCORE, MISSED, Matches, Truth
+from tasks.detection.masks import to_rle
+from tasks.detection.matching import KINDS, MIN_SCORE, OBJECTS, Matches, Truth
+from tasks.detection.metrics import COCO_NAMES, IOU_50, IOU_75, class_means
 from tasks.detection.network import Record
-from tasks.detection.reading import to_rle
 
-IOUS = np.linspace(0.5, 0.95, 10)  # COCO's thresholds, first axis of its precision
-AT_50, AT_75 = 0, 5
-RECALL = np.linspace(0, 1, 101)  # COCO's recall levels, second axis
-SIZES = {"all": "", "small": "below 32² pixels", "medium": "32² to 96²", "large": "above 96²"}  # fourth axis
-KIND_NAMES = {"bbox": "box", "segm": "mask"}
+RECALL = np.linspace(0, 1, 101)  # axis R of precision
+SIZES = {"all": "", "small": "below 32² pixels", "medium": "32² to 96²", "large": "above 96²"}  # axis A
+KIND_NAMES = {official: ours for ours, official in COCO_NAMES.items()}
 MAX_PANELS = 20
 LONGEST_SIDE = 480
 MAX_OBJECTS = 40  # in a picture, of ground truth and of prediction each
@@ -96,9 +95,8 @@ def detection_report(
 
     Args:
         last: ``bbox`` and, for masks, ``segm``: the arrays of COCO's evaluation as pycocotools has them, ``precision``
-            (T, R, K, A, M) and ``recall`` (T, K, A, M) with -1 where a class has no ground truth; ``num_truths`` (K,),
-            the objects that are no crowds; ``errors`` (K, kinds) of `ErrorCounts.gather`; ``best`` and ``worst``,
-            lists of `tasks.core.evaluation.Sample` with a `Case`.
+            (T, R, K, A, M) and ``recall`` (T, K, A, M) with -1 where a class has no ground truth; ``errors``, what
+            `ErrorCounts.gather` returns; ``best`` and ``worst``, lists of `tasks.core.evaluation.Sample` with a `Case`.
         class_names: The K classes, by train id.
         palette: Their colours.
     """
@@ -114,14 +112,6 @@ def detection_report(
     return ReportParts(tables, pictures)
 
 
-def per_class(values: NDArray[np.floating]) -> NDArray[np.floating]:
-    """Means (K,) over all axes of `values` (..., K), of which -1 means undefined; NaN for a class without any other."""
-    values = values.reshape(-1, values.shape[-1])
-    known = values > -1
-    total, count = np.where(known, values, 0).sum(axis=0), known.sum(axis=0)
-    return np.divide(total, count, out=np.full(len(total), np.nan), where=count > 0)
-
-
 def _class_table(last: Mapping[str, Any], kinds: Sequence[str], names: Sequence[str]) -> Table:
     columns = ["class", "objects"]
     numbers: list[NDArray[np.floating]] = []
@@ -129,9 +119,9 @@ def _class_table(last: Mapping[str, Any], kinds: Sequence[str], names: Sequence[
         precision, recall = last[kind]["precision"][..., 0, -1], last[kind]["recall"][..., 0, -1]
         what = f"{KIND_NAMES[kind]} " if len(kinds) > 1 else ""
         columns += [f"{what}{name} %" for name in ("AP", "AP50", "AP75", "AR")]
-        numbers += [per_class(part) for part in (precision, precision[AT_50], precision[AT_75], recall)]
+        numbers += [class_means(part) for part in (precision, precision[IOU_50], precision[IOU_75], recall)]
     rows = [
-        [name, int(last["num_truths"][c]), *(100 * float(values[c]) for values in numbers)]
+        [name, int(last["errors"][c, OBJECTS]), *(100 * float(values[c]) for values in numbers)]
         for c, name in enumerate(names)
     ]
     return Table("Classes", columns, cast(list[list[str | int | float | None]], rows))
@@ -154,19 +144,20 @@ def _size_table(last: Mapping[str, Any], kinds: Sequence[str]) -> Table:
 
 def _error_table(errors: NDArray[np.integer], names: Sequence[str]) -> Table:
     title = f"Finds and mistakes: detections with a score of at least {MIN_SCORE} at an IoU of 0.5"
-    rows: list[list[str | int | float | None]] = [["all", *errors.sum(axis=0).tolist()]]
-    rows += [[name, *counts] for name, counts in zip(names, errors.tolist(), strict=True)]
+    counts = errors[:, : len(KINDS)]
+    rows: list[list[str | int | float | None]] = [["all", *counts.sum(axis=0).tolist()]]
+    rows += [[name, *row] for name, row in zip(names, counts.tolist(), strict=True)]
     return Table(title, ["class", *KINDS], rows)
 
 
 def _figures(arrays: Mapping[str, NDArray[np.floating]], what: str, names: Sequence[str]) -> list[Picture]:
     precision = arrays["precision"][..., 0, -1]  # (T, R, K)
     lines = {
-        "IoU 0.5": _by_recall(precision[[AT_50]]),
-        "IoU 0.75": _by_recall(precision[[AT_75]]),
+        "IoU 0.5": _by_recall(precision[[IOU_50]]),
+        "IoU 0.75": _by_recall(precision[[IOU_75]]),
         "mean of 0.5 to 0.95": _by_recall(precision),
     }
-    ap = per_class(precision)
+    ap = class_means(precision)
     title = f"Precision and recall ({what})"
     known = ~np.isnan(ap)  # without any, the curves of the first class are as empty as all others
     chosen = np.flatnonzero(known) if known.any() else [0]
@@ -204,6 +195,6 @@ def _painted(encoded: Sequence[dict[str, Any]], height: int, width: int) -> NDAr
 
 def _case_picture(title: str, sample: Sample, palette: NDArray[np.uint8], names: Sequence[str]) -> Picture:
     case: Case = sample.payload
-    counts = [f"{case.counts[kind]} {KINDS[kind]}" for kind in range(MISSED + 1) if kind in case.counts]
+    counts = [f"{case.counts[kind]} {KINDS[kind]}" for kind in range(len(KINDS)) if kind in case.counts]
     caption = f"{sample.id}: {', '.join(counts)}"
     return Picture(title, caption, truth_and_prediction(case.image, case.truth, case.predicted, palette, names))

@@ -1,4 +1,4 @@
-"""Weights of detectors: our checkpoints, bare backbones, models in the layout of mmdetection as LIT and LITv2 have it."""
+"""Weights of detectors: our checkpoints, bare backbones, and models in the layout of mmdetection, as LIT has them."""
 
 from pathlib import Path
 

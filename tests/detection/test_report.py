@@ -12,8 +12,8 @@ from pycocotools.cocoeval import COCOeval
 
 from tasks.core.evaluation import Extremes
 from tasks.detection.annotations import Categories
-from tasks.detection.matching import KINDS, ErrorCounts, Truth, image_score, match_image
-from tasks.detection.report import MAX_OBJECTS, detection_report, per_class, small_copies
+from tasks.detection.matching import KINDS, OBJECTS, ErrorCounts, Truth, image_score, match_image
+from tasks.detection.report import MAX_OBJECTS, detection_report, small_copies
 
 NAMES = ["cat", "dog", "an animal of a very long name", "never seen"]
 CATEGORIES = Categories((1, 3, 7, 9), tuple(NAMES))
@@ -57,6 +57,7 @@ def test_every_kind_of_mistake(boxes, labels, kinds):
     scores = np.linspace(0.9, 0.8, len(boxes))
     matches = match_image(make_record(boxes, labels, scores), make_truth([[0, 0, 10, 10]], [CAT]))
     assert [KINDS[kind] for kind in matches.kinds] == [kind for kind in kinds if kind != "missed"]
+    assert matches.counts.pop((CAT, OBJECTS)) == 1
     counts = {}
     for (label, kind), number in matches.counts.items():
         counts[KINDS[kind]] = counts.get(KINDS[kind], 0) + number
@@ -110,7 +111,8 @@ def test_counts_add_up_over_images():
     total = counts.gather()
     assert total[CAT, KINDS.index("correct")] == 2
     assert total[CAT, KINDS.index("missed")] == 1
-    assert total.sum() == 3
+    assert total[CAT, OBJECTS] == 3
+    assert total.sum() == 6
 
 
 def test_truth_of_annotations():
@@ -195,8 +197,7 @@ def evaluated(images, annotations, records, size, with_masks):
         errors.add(matches)
         extremes.add(f"image {i}", matches.score, lambda a=(image, size, record, truth, matches): small_copies(*a))
     best, worst = extremes.gather()
-    num_truths = np.array([sum(a["category_id"] == id for a in annotations) for id in CATEGORIES.ids])
-    return {**last, "num_truths": num_truths, "errors": errors.gather(), "best": best, "worst": worst}, stats
+    return {**last, "errors": errors.gather(), "best": best, "worst": worst}, stats
 
 
 @pytest.fixture(scope="module")
@@ -237,8 +238,7 @@ def test_size_table_has_the_official_numbers(evaluation, parts):
     assert table.rows[3][1] is None  # there are no large objects
 
 
-def test_error_table_counts_every_object_and_detection(evaluation, parts):
-    last, _ = evaluation
+def test_error_table_counts_every_object_and_detection(parts):
     table = parts.tables[2]
     assert table.columns == ["class", *KINDS]
     assert table.rows[0][0] == "all"
@@ -246,7 +246,9 @@ def test_error_table_counts_every_object_and_detection(evaluation, parts):
     assert (counts[0] == counts[1:].sum(axis=0)).all()
     records = synthetic()[2]
     assert counts[0, :-1].sum() == sum(len(record["scores"]) for record in records.values())
-    assert counts[0, 0] + counts[0, -1] <= last["num_truths"].sum()
+    objects = [row[1] for row in parts.tables[0].rows]
+    assert objects == [sum(a["category_id"] == id for a in synthetic()[1]) for id in CATEGORIES.ids]
+    assert counts[0, 0] + counts[0, -1] <= sum(objects)
     assert (counts[0] > 0).sum() >= 4
 
 
@@ -268,13 +270,13 @@ def test_boxes_alone_and_one_class():
     assert parts.tables[0].columns == ["class", "objects", "AP %", "AP50 %", "AP75 %", "AR %"]
     assert not [picture for picture in parts.pictures if "mask" in picture.title]
     one = {"precision": last["bbox"]["precision"][:, :, :1], "recall": last["bbox"]["recall"][:, :1]}
-    one = {"bbox": one, "num_truths": [3], "errors": last["errors"][:1], "best": [], "worst": []}
+    one = {"bbox": one, "errors": last["errors"][:1], "best": [], "worst": []}
     assert len(detection_report(one, NAMES[:1], PALETTE[:1]).pictures) == 1
 
 
 def test_nothing_to_evaluate_gives_empty_tables_and_no_warning(recwarn):
     nothing = {"precision": -np.ones((10, 101, 4, 4, 3)), "recall": -np.ones((10, 4, 4, 3))}
-    last = {"bbox": nothing, "num_truths": [0] * 4, "errors": np.zeros((4, 7), int), "best": [], "worst": []}
+    last = {"bbox": nothing, "errors": np.zeros((4, 8), int), "best": [], "worst": []}
     parts = detection_report(last, NAMES, PALETTE)
     assert parts.tables[1].rows[0][1:] == [None, None]
     assert [str(w.message) for w in recwarn] == []
@@ -284,16 +286,11 @@ def test_many_classes_show_their_extremes():
     generator = np.random.default_rng(0)
     last = {
         "bbox": {"precision": generator.random((10, 101, 50, 4, 3)), "recall": generator.random((10, 50, 4, 3))},
-        "num_truths": [1] * 50, "errors": np.zeros((50, 7), int), "best": [], "worst": [],
+        "errors": np.zeros((50, 8), int), "best": [], "worst": [],
     }  # fmt: skip
     parts = detection_report(last, [f"class {i}" for i in range(50)], [(0, 0, 0)] * 50)
     assert parts.pictures[1].caption == "The 10 classes of highest and of lowest AP"
     assert len(parts.tables[0].rows) == 50
-
-
-def test_per_class_means_leave_out_what_is_undefined():
-    values = np.array([[0.5, -1, -1], [1.0, 0.2, -1]])
-    np.testing.assert_allclose(per_class(values), [0.75, 0.2, np.nan])
 
 
 # -- cases ------------------------------------------------------------------------------------------------------------
@@ -321,7 +318,7 @@ def test_a_case_is_small_and_its_objects_follow():
     assert case.truth.masks[100, 200] == 0
     assert case.truth.masks[200, 400] == -1
     assert (case.predicted.masks[:120, :240] == 0).all()
-    assert case.counts == {KINDS.index("correct"): 1, KINDS.index("missed"): 1}
+    assert case.counts == {KINDS.index("correct"): 1, KINDS.index("missed"): 1, OBJECTS: 2}
 
 
 def test_a_case_keeps_a_bounded_number_of_objects():
@@ -330,7 +327,7 @@ def test_a_case_keeps_a_bounded_number_of_objects():
     record = make_record(boxes, [CAT] * 500, [0.9] * 500)
     case = small_copies(torch.zeros(3, 64, 64), (64, 64), record, truth, match_image(record, truth))
     assert len(case.truth.boxes) == len(case.predicted.boxes) == MAX_OBJECTS
-    assert case.counts == {KINDS.index("correct"): 500}
+    assert case.counts == {KINDS.index("correct"): 500, OBJECTS: 500}
 
 
 def test_an_image_without_anything_can_be_kept():
