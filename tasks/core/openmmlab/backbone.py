@@ -18,8 +18,9 @@ class FrugalBackbone(BaseModule):
 
     `name` is a network of `python -m backbones list`, ours or timm's. `out_indices` picks levels of its `feature_info`;
     without it there are the maps of strides 4, 8, 16 and 32. `norm="frozen"` makes every batch normalisation a fixed
-    affine map. `flavour`, "segmentation" or "detection", says whose norms and position tables LIT and LITv2 have. Other arguments are those of the network, such as `drop_path_rate`. The numbers of channels, which
-    a neck's `in_channels` have to repeat, are `channels`, the strides `strides`.
+    affine map. `flavour`, "segmentation" or "detection", says whose norms and position tables LIT and LITv2 have. Other
+    arguments are those of the network, such as `drop_path_rate`. `channels`, which the `in_channels` of a neck repeats,
+    and `strides` describe the maps.
 
     `init_cfg=dict(type="Pretrained", checkpoint=path)` loads weights of Frugal, timm, torchvision, detectron2 or a
     paper's authors by `backbones.load_checkpoint`, which runs nothing that is in the file; with `prefix` it loads what
