@@ -28,6 +28,8 @@ class FrugalBackbone(BaseModule):
     `CheckpointError` for files that cannot be used.
     """
 
+    init_cfg: Any
+
     def __init__(
         self,
         name: str,
@@ -52,7 +54,7 @@ class FrugalBackbone(BaseModule):
 
     def init_weights(self) -> None:
         """Initialise as `init_cfg` says; without it the network keeps its own initialisation."""
-        whole: Any = self.init_cfg
+        whole = self.init_cfg
         configs = [whole] if isinstance(whole, dict) else list(whole or [])
         files = [config for config in configs if config["type"] in ("Pretrained", PretrainedInit)]
         # mmengine would read files with its own loader, which unpickles whatever it finds.
