@@ -47,7 +47,7 @@ class MMDetNetwork(DetectionNetwork):
 
     def predict(self, images: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> list[Record]:
         """Detections of images (3, h, w) at their original sizes (H, W)."""
-        if not images:
+        if len(images) == 0:
             return []
         inputs = self.prepare(images)
         samples = self.detector.predict(inputs, self._samples(inputs, images, sizes), rescale=True)

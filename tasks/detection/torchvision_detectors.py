@@ -85,7 +85,7 @@ class TorchvisionNetwork(DetectionNetwork):
 
     def predict(self, images: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> list[Record]:
         """Detections of images (3, h, w) at their original sizes (H, W)."""
-        if not images:
+        if len(images) == 0:
             return []
         found = self.detector(list(images))
         return [
