@@ -34,16 +34,15 @@ def _backbone_prefix(detector: nn.Module) -> str:
 
 def _layouts(detector: nn.Module, prefix: str) -> dict[str, Table]:
     """Every layout a file may have, as the key table that leads to the detector."""
-    layouts: dict[str, Table] = {
-        "our checkpoint": [(r"^(?!network\.detector\.)", None), (r"^network\.detector\.", "")],
-        "our network": [(r"^detector\.", "")],
-    }
+    layouts: dict[str, Table] = {}
     if not isinstance(detector.backbone, Pyramid):
         layouts["mmdetection model"] = [(r"^backbone\.", prefix)]
         layouts["mmdetection model, timm or torchvision names"] = [
             *prefixed(TIMM, "backbone."),
             (r"^backbone\.", prefix),
         ]
+    layouts["our checkpoint"] = [(r"^(?!network\.detector\.)", None), (r"^network\.detector\.", "")]
+    layouts["our network"] = [(r"^detector\.", "")]
     for name, table in BACKBONE_TABLES.items():
         layouts[f"backbone alone, {name}"] = [*table, (r"^", prefix)]
     return layouts

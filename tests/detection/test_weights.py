@@ -126,6 +126,7 @@ def test_whole_detectors_of_every_program(retinanet, tmp_path):
         torch.save(content, tmp_path / f"{name}.pth")
         report = load_weights(target, tmp_path / f"{name}.pth")
         assert nothing_wrong(report), f"{name}: {report}"
+        assert report.layout == (name if name.startswith("our") else "mmdetection model")
         assert equal(retinanet, target), name
 
 
