@@ -83,9 +83,9 @@ def border_align_forward(input: Tensor, boxes: Tensor, output: Tensor, argmax_id
     (x1, y1), the others from (x2, y2). `argmax_idx` receives the numbers of the samples. BorderDet, arXiv 2007.11056.
     """
     features, corners = widen(input, boxes)
-    planes, y, x = _border_points(corners, input.shape[1] // 4, pool_size)  # (B, C, n, 4, points)
+    planes, y, x = _border_points(corners, input.shape[1] // 4, pool_size)  # (B, C, n, 4), (B, C, n, 4, points)
     maps = features.flatten(0, 1)[:, None]  # every channel of every image as an image
-    values = sample(maps, planes.flatten(0, -2), *(v.flatten(0, -2) for v in (y, x))).view(y.shape)
+    values = sample(maps, planes.flatten(), *(v.flatten(0, -2) for v in (y, x))).view(y.shape)
     best = values.argmax(-1, keepdim=True)
     output.copy_(values.gather(-1, best).squeeze(-1))
     argmax_idx.copy_(best.squeeze(-1))
@@ -107,7 +107,7 @@ def border_align_backward(
 def _border_points(boxes: Tensor, channels: int, pool_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return the plane (image, side, channel) and the samples y and x of all sides.
 
-    Planes are (B, C, n, 4, 1), samples (B, C, n, 4, points).
+    Planes are (B, C, n, 4), samples (B, C, n, 4, points).
     """
     batch, count, _ = boxes.shape
     steps = torch.arange(pool_size + 1, device=boxes.device) / pool_size
@@ -119,7 +119,7 @@ def _border_points(boxes: Tensor, channels: int, pool_size: int) -> tuple[Tensor
     shape = (batch, channels, count, 4, pool_size + 1)
     image, side, channel = (torch.arange(size, device=boxes.device) for size in (batch, 4, channels))
     planes = (image[:, None, None] * 4 + side) * channels + channel[:, None]  # (B, C, 4)
-    planes = planes[:, :, None, :, None].expand(*shape[:-1], 1)
+    planes = planes[:, :, None].expand(shape[:-1])
     return planes, y[:, None].expand(shape), x[:, None].expand(shape)
 
 
