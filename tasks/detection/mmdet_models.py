@@ -7,7 +7,6 @@ Mask2Former: 50 epochs).
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,21 +21,11 @@ RPN_STRIDES = [4, 8, 16, 32, 64]
 
 def model_dict(detector: str, channels: Sequence[int], num_classes: int, options: Mapping[str, Any]) -> Model:
     """The detector `detector` for maps of `channels` and K classes; `options` replaces single values in it."""
+    from tasks.core.openmmlab.config import merge  # needs the extra openmmlab
+
     model = MODELS[detector](list(channels), num_classes)
     merge(model, options)
     return model
-
-
-def merge(model: dict[str, Any], options: Mapping[str, Any], path: str = "model.options") -> None:
-    """Put the leaves of nested `options` into `model`; raises KeyError, naming both, where there is nothing to open."""
-    for name, value in options.items():
-        inner = model.get(name)
-        if isinstance(value, Mapping) and "type" not in value:
-            if not isinstance(inner, dict):
-                raise KeyError(f"{path}.{name}: there is no such group; it has {', '.join(model)}")
-            merge(inner, value, f"{path}.{name}")
-        else:
-            model[name] = copy.deepcopy(value)
 
 
 # -- one stage ------------------------------------------------------------------------------------------------------

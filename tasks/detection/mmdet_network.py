@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 
 from tasks.core.errors import UserError
 from tasks.detection.network import DetectionNetwork, NormalizeAndPad, Record, Target, record
+
+# What mmdetection's use of PyTorch and of itself warns about.
+HARMLESS = (r"torch\.meshgrid", r".*`num_anchors` is deprecated", r"To copy construct from a tensor")
 
 
 class MMDetNetwork(DetectionNetwork):
@@ -97,16 +101,22 @@ def build_detector(model: Mapping[str, Any], features: nn.Module | None = None) 
     Raises UserError for what mmdetection does not know or refuses.
     """
     import_mmdet()
+    from mmdet.models.detectors import BaseDetector
     from mmdet.registry import MODELS
     from mmengine.config import ConfigDict
+    from mmengine.registry import DefaultScope
 
     model = dict(model)
     if features is not None:
         model["backbone"] = {"type": nn.Identity}
     try:
-        detector = MODELS.build(ConfigDict(model))
-        detector.init_weights()
-    except (KeyError, TypeError, ValueError, AssertionError, AttributeError, ImportError) as error:
+        # Only while it is built: another package's scope may be in use in this process.
+        with DefaultScope.overwrite_default_scope("mmdet"):
+            detector = MODELS.build(ConfigDict(model))
+            if not isinstance(detector, BaseDetector):
+                raise TypeError("it is no detector of images")
+            detector.init_weights()
+    except (KeyError, TypeError, ValueError, AssertionError, AttributeError, ImportError, RuntimeError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"model: mmdetection cannot build {model.get('type')!r}: {reason}") from error
     if features is not None:
@@ -133,11 +143,11 @@ def import_mmdet() -> None:
             "pip install 'frugal-vision[openmmlab]', or take class TorchvisionDetection"
         ) from error
     from mmengine.logging import MMLogger
-    from mmengine.registry import init_default_scope
 
     from tasks.detection import mmdet_parts  # noqa: F401  (registers itself)
 
-    init_default_scope("mmdet")
+    for message in HARMLESS:
+        warnings.filterwarnings("ignore", message=message)
     # It would list how each parameter was initialised.
     MMLogger.get_current_instance().setLevel(logging.WARNING)
 

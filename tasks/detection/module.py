@@ -21,7 +21,6 @@ from tasks.core.optim import OptimConfig
 from tasks.core.report import ReportParts
 from tasks.detection.matching import ErrorCounts, Truth, match_image
 from tasks.detection.metrics import DetectionMetrics
-from tasks.detection.mmdet_config import network_of, read_model
 from tasks.detection.mmdet_models import MODELS, model_dict
 from tasks.detection.mmdet_network import MMDetNetwork, build_detector
 from tasks.detection.network import DetectionNetwork, NormalizeAndPad, Record, Target
@@ -315,7 +314,10 @@ class MMDetectionConfig(DetectionModule):
     ) -> None:
         arguments = dict(locals())
         super().__init__(num_classes, optim, ema_decay)
-        model = model or read_model(config, allow_config_code)
+        from tasks.core.openmmlab.config import read_model  # needs the extra openmmlab
+        from tasks.detection.mmdet_config import network_of
+
+        model = model or read_model(config, "mmdet", allow_config_code)
         self.remember_hyperparameters({**arguments, "model": model})
         self.set_network(network_of(model, num_classes), weights)
 
