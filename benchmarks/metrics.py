@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> None:
     rows = {"ours": measure_ours(truth, records, arguments.classes), "torchmetrics": measure_peer(truth, records)}
     for name, peer_name in PEER_NAMES.items():
         ours, peer = rows["ours"]["numbers"][name], rows["torchmetrics"]["numbers"][peer_name]
-        if abs(ours - peer) > 1e-6:  # torchmetrics rounds to float32
+        if abs(ours - peer) > 1e-5:  # torchmetrics computes the sides of boxes in float32
             raise RuntimeError(f"{name} is {ours}, that of torchmetrics {peer}")
     options = {name: getattr(arguments, name) for name in ("images", "detections", "classes")}
     results = {"machine": machine(torch.device("cpu")), "options": options, "rows": rows}

@@ -12,7 +12,6 @@ from functools import cached_property
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from pycocotools import mask as rle_api
 from rich.console import Console
 
 from tasks.core.data import DataError
@@ -72,45 +71,54 @@ def category_problems(path: Path, content: Content) -> list[str]:
     """Return everything wrong with the categories of a file."""
     if not content["categories"]:
         return [f"{path}: no categories; expected at least one"]
-    return list(_problems(path, content, "categories", _category_problem))
+    return _check(path, content["categories"], "category", _category_problem)[1]
 
 
-def content_problems(path: Path, content: Content, with_masks: bool) -> list[str]:
-    """Return everything wrong with the records of a file; with masks, every object needs a segmentation."""
-    ids = {part: {record["id"] for record in content[part] if type(record.get("id")) is int} for part in PARTS}
-    sizes = {
-        record["id"]: (record["height"], record["width"])
-        for record in content["images"]
-        if type(record.get("id")) is int and _image_problem(record) is None
-    }
+def check_content(path: Path, content: Content, folder: Path, with_masks: bool) -> tuple[Content, list[str]]:
+    """Return the images and annotations of a file that can be used, and everything wrong with the others.
+
+    The files of images are looked for below `folder`; with masks, every object needs a segmentation.
+    """
+    found = ImageFolder(folder)
+
+    def image_problem(record: dict[str, Any]) -> str | None:
+        return _image_problem(record) or found.problem(record["file_name"])
+
+    images, problems = _check(path, content["images"], "image", image_problem)
+    categories = {category["id"] for category in content["categories"]}
+    known = {record["id"] for record in content["images"] if type(record.get("id")) is int}
+    sizes = {image["id"]: (image["height"], image["width"]) for image in images}
 
     def annotation_problem(record: dict[str, Any]) -> str | None:
-        for key, part in (("image_id", "images"), ("category_id", "categories")):
-            if type(record.get(key)) is not int or record[key] not in ids[part]:
+        for key, ids, part in (("image_id", known, "images"), ("category_id", categories, "categories")):
+            if type(record.get(key)) is not int or record[key] not in ids:
                 return f"{key!r} is {_short(record.get(key))}; expected the id of one of the {part}"
         return _annotation_problem(record, sizes.get(record["image_id"]), with_masks)
 
-    return [
-        *category_problems(path, content),
-        *_problems(path, content, "images", _image_problem),
-        *_problems(path, content, "annotations", annotation_problem),
-    ]
+    annotations, more = _check(path, content["annotations"], "annotation", annotation_problem)
+    annotations = [annotation for annotation in annotations if annotation["image_id"] in sizes]
+    return {"images": images, "annotations": annotations, "categories": content["categories"]}, problems + more
 
 
-def _problems(
-    path: Path, content: Content, part: str, problem_of: Callable[[dict[str, Any]], str | None]
-) -> Iterator[str]:
-    name = "category" if part == "categories" else part[:-1]
-    seen = set()
-    for position, record in enumerate(content[part]):
+def _check(
+    path: Path, records: list[dict[str, Any]], name: str, problem_of: Callable[[dict[str, Any]], str | None]
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return the records without a problem, and a message for each of the others."""
+    seen: set[int] = set()
+    good, problems = [], []
+    for position, record in enumerate(records):
         id = record.get("id")
         if type(id) is not int:
-            yield f"{path}: {part}[{position}]: 'id' is {_short(id)}; expected a whole number"
+            problems.append(f"{path}: {name} number {position}: 'id' is {_short(id)}; expected a whole number")
         elif id in seen:
-            yield f"{path}: {name} {id}: a second one with this id; expected unique ids"
+            problems.append(f"{path}: {name} {id}: a second one with this id; expected unique ids")
         elif problem := problem_of(record):
-            yield f"{path}: {name} {id}: {problem}"
-        seen.add(id if type(id) is int else None)
+            problems.append(f"{path}: {name} {id}: {problem}")
+        else:
+            good.append(record)
+        if type(id) is int:
+            seen.add(id)
+    return good, problems
 
 
 def _category_problem(record: dict[str, Any]) -> str | None:
@@ -139,9 +147,7 @@ def _annotation_problem(record: dict[str, Any], size: tuple[int, int] | None, wi
     segmentation = record.get("segmentation")
     if not segmentation:
         return "'segmentation' is missing; expected polygons or RLE" if with_masks else None
-    if size is None:  # its image is a problem already
-        return None
-    problem = segmentation_problem(segmentation, *size)
+    problem = segmentation_problem(segmentation, *size) if size else None  # else its image is a problem already
     return f"'segmentation' {problem}" if problem else None
 
 
@@ -171,16 +177,33 @@ def _rle_problem(rle: dict[str, Any], height: int, width: int) -> str | None:
     if rle.get("size") != [height, width]:
         return f"has the size {_short(rle.get('size'))}; expected [{height}, {width}], those of the image"
     counts = rle.get("counts")
-    if isinstance(counts, list):
-        if all(type(count) is int and count >= 0 for count in counts) and sum(counts) == height * width:
+    if isinstance(counts, str):
+        counts = run_lengths(counts)
+    valid = isinstance(counts, list) and all(type(count) is int and count >= 0 for count in counts)
+    if valid and sum(counts) == height * width:
+        return None
+    return f"has counts {_short(rle.get('counts'))}; expected runs of {height * width} pixels in all"
+
+
+def run_lengths(counts: str) -> list[int] | None:
+    """Decode COCO's compressed counts, as pycocotools does without noticing when they are cut; None if they are.
+
+    A character holds five bits, the least significant first, and whether more follow; from the fourth run on a number
+    is the difference to the run before the last.
+    """
+    runs: list[int] = []
+    value = shift = 0
+    for character in counts:
+        bits = ord(character) - 48
+        if not 0 <= bits < 64 or shift > 30:
             return None
-    elif isinstance(counts, str):
-        try:
-            rle_api.decode({"size": [height, width], "counts": counts.encode()})
-            return None
-        except ValueError:
-            pass
-    return f"has counts {_short(counts)}; expected runs of {height * width} pixels in all"
+        value |= (bits & 31) << shift
+        shift += 5
+        if not bits & 32:
+            value -= (bits >> 4 & 1) << shift
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+            value = shift = 0
+    return runs if shift == 0 else None
 
 
 def _is_finite(value: Any) -> bool:

@@ -13,7 +13,7 @@ from tasks.core.data import DataError, list_samples, seed_augmentation
 from tasks.core.errors import expect
 from tasks.core.images import resized_size
 from tasks.core.splits import Listing, SplitDataModule
-from tasks.detection.annotations import Categories, Content, ImageFolder, content_problems, read_content
+from tasks.detection.annotations import Categories, Content, category_problems, check_content, read_content
 from tasks.detection.check import check_dataset, print_result
 from tasks.detection.instances import Instances
 from tasks.detection.reading import Sample, make_samples, read_sample, samples_to_predict
@@ -191,14 +191,14 @@ class DetectionDataModule(SplitDataModule[list[Sample]]):
             content = read_content(path)
         except DataError as error:
             return Listing([], [str(error)])
-        problems = content_problems(path, content, self.with_masks)
-        if not problems:
-            problems = self._category_problems(path, content) + self._file_problems(path, folder, content)
-        if problems:
+        if problems := category_problems(path, content) or self._differing_categories(path, content):
             return Listing([], problems)
-        made = make_samples(content, folder, self.categories, self.with_masks)
+        valid, problems = check_content(path, content, folder, self.with_masks)
+        if not valid["images"] and all(problem.endswith("file not found") for problem in problems):
+            return Listing([], [self.missing(f"{folder}: contains no image of {path}.")])
+        made = make_samples(valid, folder, self.categories, self.with_masks)
         if split != "train":
-            self._truths[split] = content
+            self._truths[split] = valid
         notes = []
         if made.excluded:
             ids = ", ".join(map(str, made.excluded[:5])) + (", ..." if len(made.excluded) > 5 else "")
@@ -206,7 +206,7 @@ class DetectionDataModule(SplitDataModule[list[Sample]]):
                 f"{path}: {len(made.excluded)} boxes below 1 pixel, without area or outside of their image are not"
                 f" trained on (annotation {ids})"
             )
-        return Listing(made.samples, [], notes)
+        return Listing(made.samples, problems, notes)
 
     def train_dataset(self) -> TrainDataset:
         """Return the augmented training split."""
@@ -250,25 +250,11 @@ class DetectionDataModule(SplitDataModule[list[Sample]]):
             raise DataError(f"{self.files('train')[0]}: no image has an annotation; expected some to train on")
         return samples
 
-    def _category_problems(self, path: Path, content: Content) -> list[str]:
+    def _differing_categories(self, path: Path, content: Content) -> list[str]:
         found, expected = Categories.of(content["categories"]), self.categories
         if found == expected:
             return []
-        wrong = sorted(
-            set(zip(found.ids, found.names, strict=True)) ^ set(zip(expected.ids, expected.names, strict=True))
-        )
-        listed = ", ".join(f"{id} {name!r}" for id, name in wrong[:3]) + (", ..." if len(wrong) > 3 else "")
+        here, there = (set(zip(some.ids, some.names, strict=True)) for some in (found, expected))
+        differing = [f"{id} {name!r}" for id, name in sorted(here ^ there)]
+        listed = ", ".join(differing[:3]) + (", ..." if len(differing) > 3 else "")
         return [f"{path}: other categories than expected: they differ in {listed}"]
-
-    def _file_problems(self, path: Path, folder: Path, content: Content) -> list[str]:
-        if not content["images"]:
-            return [f"{path}: no images; expected at least one"]
-        found = ImageFolder(folder)
-        problems = [
-            f"{path}: image {image['id']}: {problem}"
-            for image in content["images"]
-            if (problem := found.problem(image["file_name"]))
-        ]
-        if len(problems) == len(content["images"]) and all(problem.endswith("file not found") for problem in problems):
-            return [self.missing(f"{folder}: contains no image of {path}.")]
-        return problems
