@@ -154,6 +154,7 @@ def call_cli(task, args, capture):
         from tasks.classification.data import ClassificationDataModule as DataModule
         from tasks.classification.module import Classification as Module
     else:
+        import tasks.segmentation.mmseg_module  # noqa: F401  (its classes can be named, as in __main__)
         from tasks.segmentation.data import SegmentationDataModule as DataModule
         from tasks.segmentation.module import SegmentationModule as Module
 
