@@ -1,5 +1,7 @@
 """Segmentors of mmsegmentation in this task: equal to ours and to mmsegmentation's own, trained and evaluated alike."""
 
+import json
+import os
 from pathlib import Path
 
 import pytest
@@ -8,15 +10,21 @@ import torch.nn.functional as F
 import yaml
 
 from backbones import CheckpointError, create_features
+from backbones.checkpoint import rename
+from backbones.keys import BUFFERS
 from tasks.core.errors import UserError
 from tasks.core.optim import build_optimizer
 from tasks.segmentation.mmseg_models import MODELS
 from tasks.segmentation.mmseg_module import MMSegmentation, MMSegmentationConfig
-from tasks.segmentation.semantic_fpn import SemanticFPNNetwork
+from tasks.segmentation.semantic_fpn import MMSEGMENTATION_KEYS, SemanticFPNNetwork
 from tasks.segmentation.weights import load_mmseg_weights, load_weights
 
 mmseg = pytest.importorskip("mmseg", reason="the extra openmmlab is not installed")
 
+GOLDENS = [
+    Path(__file__).parents[1] / "goldens",
+    *map(Path, filter(None, os.environ.get("FRUGAL_GOLDENS", "").split(":"))),
+]
 UPERNET = "mmseg::upernet/upernet_r50_4xb4-80k_ade20k-512x512.py"
 SEGFORMER = "mmseg::segformer/segformer_mit-b0_8xb2-160k_ade20k-512x512.py"
 SMALL = {
@@ -127,18 +135,41 @@ def test_semantic_fpn_is_ours_with_the_same_file(tmp_path):
         torch.testing.assert_close(theirs.eval()(x), upsampled)
 
 
-def test_the_published_network_of_litv2_has_its_parameters():
+@pytest.mark.parametrize("backbone", ["lit_ti", "lit_s", "litv2_s", "litv2_m", "litv2_b"])
+def test_released_semantic_fpn_has_the_names_and_shapes_of_both_networks(backbone):
+    """The authors' backbone below mmsegmentation's own neck and head."""
+    file = f"{backbone.replace('_', '-')}.{'det' if backbone == 'lit_ti' else 'seg'}-backbone.keys.json"  # Ti: one file
+    found = [path for root in GOLDENS if (path := root / backbone.partition("_")[0] / file).exists()]
+    if not found:
+        pytest.skip(f"{file} is in no folder of FRUGAL_GOLDENS")
+    official = {f"backbone.{key}": tuple(shape) for key, shape in json.loads(found[0].read_text())["keys"]}
     from tasks.segmentation.mmseg_network import import_mmseg
 
     import_mmseg()
+    from mmengine.config import ConfigDict
     from mmengine.registry import DefaultScope
     from mmseg.registry import MODELS as REGISTRY
 
-    with DefaultScope.overwrite_default_scope("mmseg"), torch.device("meta"):
-        features = create_features("litv2_s")
-        model = MODELS["semantic_fpn"](features.channels, 150) | {"backbone": {"type": torch.nn.Identity}}
-        network = REGISTRY.build(model)
-    assert sum(p.numel() for part in (network, features) for p in part.parameters()) == 31_449_486
+    theirs = read("sem_fpn/fpn_r50_4xb4-160k_ade20k-512x512.py")
+    with torch.device("meta"):
+        features = create_features(backbone)
+        ours = SemanticFPNNetwork(features, 150)
+    theirs.neck.in_channels = features.channels
+    named = MODELS["semantic_fpn"](features.channels, 150)
+    heads = {}
+    for origin, model in (("theirs", theirs), ("named", named)):
+        with DefaultScope.overwrite_default_scope("mmseg"), torch.device("meta"):
+            parts = {part: REGISTRY.build(ConfigDict(model[part])) for part in ("neck", "decode_head")}
+        heads[origin] = torch.nn.ModuleDict(parts).state_dict()
+    official |= {key: tuple(tensor.shape) for key, tensor in heads["theirs"].items()}
+    inside = {f"backbone.{key}": tensor for key, tensor in features.state_dict().items()} | heads["named"]
+    assert {key: tuple(tensor.shape) for key, tensor in rename(inside, BUFFERS).items()} == official
+    renamed = rename(dict.fromkeys(official), MMSEGMENTATION_KEYS)
+    assert renamed.keys() == rename(ours.state_dict(), BUFFERS).keys()
+    shapes = dict(zip(renamed, official.values(), strict=True))
+    assert shapes == {key: tuple(tensor.shape) for key, tensor in rename(ours.state_dict(), BUFFERS).items()}
+    if backbone == "litv2_s":
+        assert sum(p.numel() for p in ours.parameters()) == 31_449_486
 
 
 def test_configurations_of_mmsegmentation_give_what_it_computes(tmp_path):
