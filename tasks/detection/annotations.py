@@ -12,8 +12,6 @@ from functools import cached_property
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from rich.console import Console
-
 from tasks.core.data import DataError
 
 PARTS = ("images", "annotations", "categories")
@@ -48,13 +46,12 @@ class Categories:
 
 def read_content(path: Path) -> Content:
     """Read images, annotations and categories of a file; raises `DataError` if it does not hold these three lists."""
-    with Console(stderr=True).status(f"Reading {path.name}"):
-        try:
-            content = json.loads(path.read_bytes())
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror})") from error
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}: not valid JSON ({error})") from error
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(content, dict):
         raise DataError(f"{path}: holds a {type(content).__name__}; expected an object with {', '.join(PARTS)}")
     for part in PARTS:
@@ -176,7 +173,7 @@ def segmentation_problem(segmentation: Any, height: int, width: int) -> str | No
 def _rle_problem(rle: dict[str, Any], height: int, width: int) -> str | None:
     if rle.get("size") != [height, width]:
         return f"has the size {_short(rle.get('size'))}; expected [{height}, {width}], those of the image"
-    counts = rle.get("counts")
+    counts: Any = rle.get("counts")
     if isinstance(counts, str):
         counts = run_lengths(counts)
     valid = isinstance(counts, list) and all(type(count) is int and count >= 0 for count in counts)

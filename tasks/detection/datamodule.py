@@ -7,6 +7,7 @@ from typing import Any
 import albumentations as A
 import numpy as np
 import torch
+from rich.console import Console
 from torch.utils.data import Dataset
 
 from tasks.core.data import DataError, list_samples, seed_augmentation
@@ -105,7 +106,7 @@ class DetectionDataModule(SplitDataModule[list[Sample]]):
     `images` names what `predict` reads: a folder, a file or a glob pattern; without it, the validation images.
     """
 
-    sample_command = "python -m tasks.detection fit -c configs/sample/retinanet.yaml"
+    sample_command = "python -m tasks.detection fit -c configs/sample/retinanet_litv2.yaml"
     train_collate = eval_collate = staticmethod(list_samples)
 
     def __init__(
@@ -187,10 +188,15 @@ class DetectionDataModule(SplitDataModule[list[Sample]]):
             return Listing([], [self.missing(f"{path}: file not found.")])
         if not folder.is_dir():
             return Listing([], [self.missing(f"{folder}: folder not found.")])
-        try:
-            content = read_content(path)
-        except DataError as error:
-            return Listing([], [str(error)])
+        with Console(stderr=True).status(f"Reading {path.name}"):
+            try:
+                content = read_content(path)
+            except DataError as error:
+                return Listing([], [str(error)])
+            return self._listing(split, content)
+
+    def _listing(self, split: str, content: Content) -> Listing[list[Sample]]:
+        path, folder = self.files(split)
         if problems := category_problems(path, content) or self._differing_categories(path, content):
             return Listing([], problems)
         valid, problems = check_content(path, content, folder, self.with_masks)
