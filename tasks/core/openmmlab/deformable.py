@@ -109,8 +109,13 @@ def modulated_deform_conv_forward(
     deformable_group: int,
     with_bias: bool,
 ) -> None:
-    """Do as `deform_conv_forward` with samples scaled by `mask` (B, groups * kH * kW, h, w); arXiv 1811.11168, 3.2."""
+    """Do as `deform_conv_forward` with samples scaled by `mask` (B, groups * kH * kW, h, w); arXiv 1811.11168, 3.2.
+
+    Larger `offset` and `mask` are read as if their numbers were those of a tensor of the output's size: the compiled
+    operation does, and DyHead's weights are trained so.
+    """
     geometry = (stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, group, deformable_group)
+    offset, mask = (_first_numbers(t, output.shape[2:]) for t in (offset, mask))
     output.copy_(_convolve(input, weight, offset, mask, bias if with_bias else None, geometry))
 
 
@@ -142,11 +147,21 @@ def modulated_deform_conv_backward(
 ) -> None:
     """Write the gradients of `modulated_deform_conv_forward` by its tensors."""
     geometry = (stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, group, deformable_group)
+    size = grad_output.shape[2:]
+    offset, mask = _first_numbers(offset, size), _first_numbers(mask, size)
     grads = _gradients(grad_output, input, weight, offset, mask, bias if with_bias else None, geometry)
-    for buffer, grad in zip((grad_input, grad_weight, grad_offset, grad_mask), grads[:4], strict=True):
-        buffer.copy_(grad)
+    grad_input.copy_(grads[0]), grad_weight.copy_(grads[1])
+    _first_numbers(grad_offset, size).copy_(grads[2]), _first_numbers(grad_mask, size).copy_(grads[3])
     if with_bias:
         grad_bias.copy_(grads[4])
+
+
+def _first_numbers(tensor: Tensor, size: tuple[int, ...]) -> Tensor:
+    """View the first numbers of each image of `tensor` (B, C, H, W) as (B, C, *size)."""
+    if tensor.shape[2:] == size:
+        return tensor
+    channels = tensor.shape[1]
+    return tensor.flatten(1)[:, : channels * size[0] * size[1]].unflatten(1, (channels, *size))
 
 
 # stride, padding and dilation in y and x, groups of the weight and of the offset

@@ -14,7 +14,7 @@ SHAPES = [[3, 128, 128], [3, 120, 128]]
 CHANNELS = (16, 32, 64, 128)  # of a ResNet-50 at a sixteenth of its width
 SMALL = {
     "feedforward_channels": 32, "fc_out_channels": 32, "conv_out_channels": 32, "num_layers": 2, "num_queries": 20,
-    "max_per_img": 20, "num": 32, "nms_pre": 200,
+    "max_per_img": 20, "num": 32, "nms_pre": 200, "num_blocks": 2,
 }  # fmt: skip
 DETECTORS = [
     "retinanet/retinanet_r50_fpn_1x_coco",
@@ -25,6 +25,7 @@ DETECTORS = [
     "fcos/fcos_r50-caffe_fpn_gn-head_1x_coco",
     "fcos/fcos_r50-dcn-caffe_fpn_gn-head-center-normbbox-centeronreg-giou_1x_coco",
     "atss/atss_r50_fpn_1x_coco",
+    "dyhead/atss_r50_fpn_dyhead_1x_coco",
     "mask2former/mask2former_r50_8xb2-lsj-50e_coco",
     "mask2former/mask2former_r50_8xb2-lsj-50e_coco-panoptic",
     "deformable_detr/deformable-detr_r50_16xb2-50e_coco",
@@ -67,9 +68,10 @@ def shrink(model):
 
 
 def feed(model, channels):
-    for part in ("neck", "panoptic_head"):
-        if part in model:
-            model[part].in_channels = channels
+    for name in ("neck", "panoptic_head"):
+        if name in model:
+            part = model[name][0] if isinstance(model[name], list) else model[name]
+            part.in_channels = channels
 
 
 def walk(config):

@@ -94,6 +94,17 @@ def test_offset_by_a_pixel_moves_the_image(ops):
     torch.testing.assert_close(result[..., 1:-1], moved[..., 1:-1])
 
 
+def test_offsets_of_a_larger_map_are_read_row_after_row(ops):
+    """As the compiled operation reads them, of which DyHead makes use."""
+    x, weight = randn(2, 2, 4, 4), randn(3, 2, 3, 3, seed=1)
+    offset, mask = randn(2, 18, 8, 8, seed=2), randn(2, 9, 8, 8, seed=3)
+    inputs = [t.requires_grad_() for t in (x, offset, mask, weight)]
+    result = ops.modulated_deform_conv2d(*inputs, None, 1, 1)
+    small = (t.flatten(1)[:, : t.shape[1] * 16].view(2, -1, 4, 4) for t in (offset, mask))
+    torch.testing.assert_close(result, ops.modulated_deform_conv2d(x, *small, weight, None, 1, 1))
+    assert gradcheck(lambda *args: ops.modulated_deform_conv2d(*args, None, 1, 1), inputs, fast_mode=True)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_deformable_convolution_of_narrow_types(ops, dtype):
     layer = ops.ModulatedDeformConv2dPack(4, 4, 3, padding=1)
