@@ -55,7 +55,7 @@ def call_operation(meta, tensors):
         formula = mmcv.ops.multi_scale_deform_attn.multi_scale_deformable_attn_pytorch
         return formula(*(tensors[key] for key in ("value", "shapes", "locations", "weights")))
     operation = getattr(mmcv.ops, name)
-    inputs = [tensors[key] for key in inputs_of(meta, name)]
+    inputs = [tensors[key] for key in inputs_of(meta)]
     if not has_arguments:
         return operation(*inputs, **description)
     call = ast.parse(text[text.index("mmcv.ops.") :], mode="eval").body
@@ -63,8 +63,9 @@ def call_operation(meta, tensors):
     return operation(*arguments)(*inputs) if inspect.isclass(operation) else operation(*arguments)
 
 
-def inputs_of(meta, name):
-    results = RESULTS - {"dets"} if name == "nms_match" else RESULTS
+def inputs_of(meta):
+    """Return the names of the inputs; `dets` is one where there are no boxes."""
+    results = RESULTS if "boxes" in meta["tensors"] else RESULTS - {"dets"}
     return [key for key in meta["tensors"] if key != "w" and key not in results and not key.startswith("grad_")]
 
 
@@ -82,6 +83,8 @@ def name_results(results, tensors):
     if isinstance(results, torch.Tensor):
         return {"y": results}
     if isinstance(results, tuple):
-        return dict(zip(("dets", "keep"), results, strict=True))
-    groups = {"group_indices": torch.cat(results), "group_lengths": torch.tensor([len(group) for group in results])}
-    return groups | {"dets": tensors["dets"]}
+        named = dict(zip(("dets", "keep"), results, strict=True))
+    else:
+        lengths = torch.tensor([len(group) for group in results])
+        named = {"group_indices": torch.cat(results), "group_lengths": lengths}
+    return named if "boxes" in tensors else {**named, "dets": tensors["dets"]}
