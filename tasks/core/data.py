@@ -121,7 +121,7 @@ class GroupedBatches(BatchSampler):
     def __iter__(self) -> Iterator[list[int]]:
         assert isinstance(self.sampler, TrainSampler)
         skip = self._skip if self.sampler.epoch == self._resumed_epoch else 0
-        return itertools.islice(self._batches(), skip, None)
+        yield from itertools.islice(self._batches(), skip, None)
 
     def _batches(self) -> Iterator[list[int]]:
         waiting: dict[int, list[int]] = defaultdict(list)

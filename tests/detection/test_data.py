@@ -5,6 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from pycocotools import mask as rle_api
 from pycocotools.coco import COCO as PycocotoolsCOCO
 
@@ -284,3 +286,35 @@ def test_run_lengths_of_both_kinds_become_masks():
     np.testing.assert_array_equal(rasterize([plain], 3, 4)[0], mask)
     packed = {"size": [3, 4], "counts": rle_api.frPyObjects(plain, 3, 4)["counts"].decode()}
     np.testing.assert_array_equal(rasterize([packed], 3, 4)[0], mask)
+
+
+class Recorder(LightningModule):
+    """Learns nothing and keeps the ids of its batches."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.seen = []
+
+    def training_step(self, batch, batch_idx):
+        self.seen.append(batch["id"])
+        return self.weight.sum()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def test_a_resumed_training_goes_on_behind_the_last_batch_of_its_checkpoint(scenes, tmp_path):
+    def train(**options):
+        module = Recorder()
+        checkpoints = ModelCheckpoint(tmp_path, "mid", every_n_train_steps=9)
+        trainer = Trainer(
+            max_steps=14, accelerator="cpu", callbacks=[checkpoints], logger=False, enable_progress_bar=False,
+            enable_model_summary=False, use_distributed_sampler=False, limit_val_batches=0,
+        )  # fmt: skip
+        trainer.fit(module, datamodule=scenes(batch_size=2, filter_empty=False), **options)
+        return module.seen
+
+    whole = train()  # 6 batches an epoch
+    assert len(set(map(tuple, whole))) == 14
+    assert train(ckpt_path=tmp_path / "mid.ckpt", weights_only=True) == whole[9:]
