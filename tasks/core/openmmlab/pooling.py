@@ -39,7 +39,7 @@ def roi_align_forward(
         return
     grid = _grid(boxes.to(features), size, spatial_scale, sampling_ratio, aligned)
     per_box = features.shape[1] * grid.y.shape[1:].numel() * grid.x.shape[1:].numel()
-    for rows in torch.arange(len(boxes)).split(max(1, CHUNK // per_box)):
+    for rows in torch.arange(len(boxes), device=boxes.device).split(max(1, CHUNK // per_box)):
         part = _Grid(*(values[rows] for values in grid))
         largest, at_y, at_x = _largest_samples(features, part)
         output[rows], argmax_y[rows], argmax_x[rows] = (v.to(output.dtype) for v in (largest, at_y, at_x))
