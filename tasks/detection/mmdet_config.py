@@ -31,10 +31,10 @@ def network_of(model: Mapping[str, Any], num_classes: int) -> MMDetNetwork:
 def set_classes(model: dict[str, Any], num_classes: int) -> None:
     """Set the number of classes of every head of `model` that has as many as its first; things, if there is stuff."""
     heads = {name: part for name, part in model.items() if name not in ("backbone", "neck", "train_cfg", "test_cfg")}
-    numbers = [part[key] for part in dictionaries(heads) for key in COUNTS if key in part]
+    before = next((part[key] for part in dictionaries(heads) for key in COUNTS if key in part), None)
     for part in dictionaries(heads):
         for key in COUNTS:
-            if part.get(key) == numbers[0]:
+            if key in part and part[key] == before:
                 part[key] = num_classes
                 if key == "num_things_classes":
                     part["num_stuff_classes"] = 0

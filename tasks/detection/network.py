@@ -107,16 +107,16 @@ class NormalizeAndPad(nn.Module):
 
 def record(boxes: Tensor, scores: Tensor, labels: Tensor, masks: Tensor | None) -> Record:
     """The record of one image; `masks` are bool (n, H, W)."""
-    order = scores.float().argsort(descending=True, stable=True)
-    boxes, scores, labels = boxes[order].float(), scores[order].float(), labels[order].long()
+    order = scores.detach().float().argsort(descending=True, stable=True)
+    boxes, scores, labels = (part.detach()[order].cpu() for part in (boxes, scores, labels))
     return {
-        "boxes": boxes.cpu().numpy(),
-        "scores": scores.cpu().numpy(),
-        "labels": labels.cpu().numpy(),
+        "boxes": boxes.float().numpy(),
+        "scores": scores.float().numpy(),
+        "labels": labels.long().numpy(),
         "masks": None if masks is None else [encode_mask(masks[i]) for i in order.tolist()],
     }
 
 
 def encode_mask(mask: Tensor) -> dict[str, Any]:
     """COCO's run-length encoding, with its size (H, W), of a mask (H, W)."""
-    return rle.encode(np.asfortranarray(mask.cpu().numpy().astype(np.uint8)))
+    return rle.encode(np.asfortranarray(mask.detach().cpu().numpy().astype(np.uint8)))
