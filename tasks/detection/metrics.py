@@ -94,8 +94,7 @@ class DetectionMetrics:
             labels = record["labels"]
             valid = len(labels) == 0 or (labels.min() >= 0 and labels.max() < len(label_to_category))
             expect(f"labels of image {id}", labels, valid, f"train ids 0..{len(label_to_category) - 1}")
-        # Sorted by id: equal scores are ranked by image, and so in one way for any number of processes.
-        found = {known[id]: records[id] for id in sorted(records, key=known.__getitem__)}
+        found = {known[id]: record for id, record in records.items()}  # equal scores will be ranked by image id
         result: dict[str, Any] = {}
         for iou_type in self.iou_types:
             with Console(stderr=True).status(f"Evaluating {iou_type} AP"):
