@@ -427,6 +427,7 @@ def _detr_head(kind: str, num_classes: int, focal_weight: float) -> Model:
     return {
         "type": kind,
         "num_classes": num_classes,
+        "embed_dims": WIDTH,
         "sync_cls_avg_factor": True,
         "loss_cls": {**FOCAL, "loss_weight": focal_weight},
         "loss_bbox": {"type": "L1Loss", "loss_weight": 5.0},
