@@ -95,7 +95,7 @@ def _add(summary: SplitSummary, reading: _Reading) -> None:
 def print_result(result: CheckResult) -> None:
     """Print counts and sizes, the class histogram, notes and problems."""
     console = Console()
-    columns = ("split", "images", "without annotations", "smallest", "largest", "boxes", "small", "medium", "large")
+    columns = ("split", "images", "empty", "smallest", "largest", "boxes", "small", "medium", "large")
     images = Table(*columns, title=f"Images; boxes small below {SMALL}², large from {MEDIUM}² pixels")
     for split, summary in result.splits.items():
         boxes = int(summary.areas.sum())
