@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from tasks.core.openmmlab.precision import widen
-from tasks.core.openmmlab.sampling import add_samples_gradient, points_of_bins, sample
+from tasks.core.openmmlab.sampling import add_samples_gradient, parts_of, points_of_bins, sample
 
 
 def deform_roi_pool_forward(
@@ -24,7 +24,9 @@ def deform_roi_pool_forward(
     with `aligned`. Deformable convolution, arXiv 1703.06211, equation 5.
     """
     features, boxes, moves = widen(input, rois, offset)
-    output.copy_(_pool_moved(features, boxes, moves, output.shape[2:], spatial_scale, sampling_ratio, gamma))
+    geometry = (output.shape[2:], spatial_scale, sampling_ratio, gamma)
+    for rows in parts_of(boxes, _numbers_gathered(features, boxes, *geometry[:3])):
+        output[rows] = _pool_moved(features, boxes[rows], _of(moves, rows), *geometry).to(output.dtype)
 
 
 def deform_roi_pool_backward(
@@ -42,12 +44,35 @@ def deform_roi_pool_backward(
 ) -> None:
     """Write the gradients of `deform_roi_pool_forward` by `input` and `offset`."""
     grad, features, boxes, moves = widen(grad_output, input, rois, offset)
-    features, moves = features.detach().requires_grad_(), moves.detach().requires_grad_()
-    with torch.enable_grad():
-        pooled = _pool_moved(features, boxes, moves, grad.shape[2:], spatial_scale, sampling_ratio, gamma)
-    leaves, buffers = [features, moves][: 1 + (offset.numel() > 0)], (grad_input, grad_offset)
-    for buffer, result in zip(buffers, torch.autograd.grad(pooled, leaves, grad), strict=False):
-        buffer.copy_(result)
+    geometry = (grad.shape[2:], spatial_scale, sampling_ratio, gamma)
+    features = features.detach().requires_grad_()
+    total = torch.zeros_like(features)
+    for rows in parts_of(boxes, _numbers_gathered(features, boxes, *geometry[:3])):
+        part = _of(moves, rows).detach().requires_grad_()
+        with torch.enable_grad():
+            pooled = _pool_moved(features, boxes[rows], part, *geometry)
+        leaves = [features, part] if part.numel() else [features]
+        grads = torch.autograd.grad(pooled, leaves, grad[rows])
+        total += grads[0]
+        if part.numel():
+            grad_offset[rows] = grads[1].to(grad_offset.dtype)
+    grad_input.copy_(total)
+
+
+def _of(moves: Tensor, rows: Tensor) -> Tensor:
+    """Return the moves of some regions, or the empty tensor that stands for none."""
+    return moves[rows] if moves.numel() else moves
+
+
+def _numbers_gathered(
+    features: Tensor, boxes: Tensor, size: tuple[int, ...], spatial_scale: float, sampling_ratio: int
+) -> int:
+    """Return how many numbers the largest of `boxes` gathers."""
+    samples = sampling_ratio**2
+    if sampling_ratio <= 0 and len(boxes):
+        sides = (boxes[:, 3:] - boxes[:, 1:3]).amax(0) * spatial_scale
+        samples = int((sides / sides.new_tensor(size[::-1])).ceil().prod())
+    return features.shape[1] * size[0] * size[1] * samples
 
 
 def _pool_moved(

@@ -6,11 +6,10 @@ import torch
 from torch import Tensor
 
 from tasks.core.openmmlab.precision import widen
-from tasks.core.openmmlab.sampling import add_samples_gradient, points_of_bins, sample
+from tasks.core.openmmlab.sampling import add_samples_gradient, parts_of, points_of_bins, sample
 
 MAX, AVERAGE = 0, 1
 NOTHING = -10000.0  # the largest sample of a region without samples
-CHUNK = 2**25  # numbers gathered at a time
 
 
 def roi_align_forward(
@@ -39,7 +38,7 @@ def roi_align_forward(
         return
     grid = _grid(boxes.to(features), size, spatial_scale, sampling_ratio, aligned)
     per_box = features.shape[1] * grid.y.shape[1:].numel() * grid.x.shape[1:].numel()
-    for rows in torch.arange(len(boxes), device=boxes.device).split(max(1, CHUNK // per_box)):
+    for rows in parts_of(boxes, per_box):
         part = _Grid(*(values[rows] for values in grid))
         largest, at_y, at_x = _largest_samples(features, part)
         output[rows], argmax_y[rows], argmax_x[rows] = (v.to(output.dtype) for v in (largest, at_y, at_x))
@@ -141,7 +140,7 @@ def roi_pool_forward(
         return
     batch, valid = boxes[:, 0].long(), (bins > 0).all(1)
     per_box = features.shape[1] * pooled_height * tallest * pooled_width * widest
-    for part in torch.arange(len(boxes), device=boxes.device).split(max(1, CHUNK // per_box)):
+    for part in parts_of(boxes, per_box):
         y = top[part, :, None] + torch.arange(tallest, device=boxes.device)  # (n, h, tallest)
         x = left[part, :, None] + torch.arange(widest, device=boxes.device)
         exists = (y < bottom[part, :, None])[:, :, None, :, None] & (x < right[part, :, None])[:, None, :, None, :]

@@ -7,9 +7,7 @@ import torch
 from torch import Tensor
 
 from tasks.core.openmmlab.precision import widen
-from tasks.core.openmmlab.sampling import add_samples_gradient, points_of_bins, sample
-
-CHUNK = 2**25  # numbers gathered at a time
+from tasks.core.openmmlab.sampling import add_samples_gradient, parts_of, points_of_bins, sample
 
 
 class _Points(NamedTuple):
@@ -76,7 +74,7 @@ def _points(
     clockwise: bool,
     channels: int,
 ) -> Iterator[_Points]:
-    """Yield the samples of as many regions at a time as fit into `CHUNK` numbers."""
+    """Yield the samples of as many regions at a time as memory is meant for."""
     center = boxes[:, 1:3] * spatial_scale - (0.5 if aligned else 0)
     sides = boxes[:, 3:5] * spatial_scale
     if not aligned:
@@ -88,7 +86,7 @@ def _points(
     along_x, has_x = points_of_bins(-sides[:, 0] / 2, bins[:, 0], size[1], counts[:, 0])
     share = 1 / counts.prod(1).clamp(min=1).to(boxes)
     per_box = channels * along_y.shape[1:].numel() * along_x.shape[1:].numel()
-    for rows in torch.arange(len(boxes), device=boxes.device).split(max(1, CHUNK // per_box)):
+    for rows in parts_of(boxes, per_box):
         dy, dx = along_y[rows, :, None, :, None], along_x[rows, None, :, None, :]
         cos, sin = (v[rows, None, None, None, None] for v in (angle.cos(), angle.sin()))
         y = dy * cos + dx * sin + center[rows, 1, None, None, None, None]

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+CHUNK = 2**25  # numbers gathered at a time
+
 
 def sample(features: Tensor, batch: Tensor, y: Tensor, x: Tensor) -> Tensor:
     """Return samples (n, k, C) of `features` (B, C, H, W) at points `y`, `x` (n, k) of image `batch` (n,).
@@ -48,3 +50,8 @@ def points_of_bins(starts: Tensor, sizes: Tensor, bins: int, counts: Tensor) -> 
     bin_starts = starts[:, None] + torch.arange(bins, device=starts.device) * sizes[:, None]  # (n, bins)
     within = (step + 0.5) * sizes[:, None] / counts.clamp(min=1)[:, None]  # (n, most)
     return bin_starts[..., None] + within[:, None], step < counts[:, None]
+
+
+def parts_of(boxes: Tensor, numbers: int) -> Iterator[Tensor]:
+    """Yield the rows of as many `boxes` at a time as gather `CHUNK` numbers, of which each needs `numbers`."""
+    yield from torch.arange(len(boxes), device=boxes.device).split(max(1, CHUNK // max(numbers, 1)))

@@ -22,6 +22,8 @@ DETECTORS = [
     "faster_rcnn/faster-rcnn_r50_fpn_soft-nms_1x_coco",
     "mask_rcnn/mask-rcnn_r50_fpn_1x_coco",
     "cascade_rcnn/cascade-mask-rcnn_r50_fpn_1x_coco",
+    "carafe/mask-rcnn_r50_fpn-carafe_1x_coco",
+    "dcn/faster-rcnn_r50_fpn_dpool_1x_coco",
     "fcos/fcos_r50-caffe_fpn_gn-head_1x_coco",
     "fcos/fcos_r50-dcn-caffe_fpn_gn-head-center-normbbox-centeronreg-giou_1x_coco",
     "atss/atss_r50_fpn_1x_coco",

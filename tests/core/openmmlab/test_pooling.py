@@ -90,20 +90,28 @@ def test_region_of_no_size(ops, maps, mode):
 
 
 def test_regions_taken_in_parts(ops, maps, monkeypatch):
-    from tasks.core.openmmlab import pooling, rotated
+    from tasks.core.openmmlab import sampling
 
-    rotated_regions = torch.tensor([[0.0, 6, 5, 8, 4, 0.5], [1, 6, 5, 8, 4, -0.5]], dtype=torch.float64)
+    rotated = torch.tensor([[0.0, 6, 5, 8, 4, 0.5], [1, 6, 5, 8, 4, -0.5]], dtype=torch.float64)
     regions = torch.tensor(REGIONS, dtype=torch.float64)
+    offset = torch.randn(5, 2, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    maps.requires_grad_()
     calls = [
         lambda: ops.roi_align(maps, regions, 3, 0.5, 0, "max"),
         lambda: ops.roi_pool(maps, regions, 3, 0.5),
-        lambda: ops.roi_align_rotated(maps, rotated_regions, 3, 1.0),
+        lambda: ops.roi_align_rotated(maps, rotated, 3, 1.0),
+        lambda: ops.deform_roi_pool(maps, regions, offset, 3, 0.5, 0, 0.1),
     ]
-    whole = [call() for call in calls]
-    for module in (pooling, rotated):
-        monkeypatch.setattr(module, "CHUNK", 1)
+
+    def results(call):
+        output = call()
+        return output, *torch.autograd.grad(output.square().sum(), (maps, offset), allow_unused=True)
+
+    whole = [results(call) for call in calls]
+    monkeypatch.setattr(sampling, "CHUNK", 1)
     for call, expected in zip(calls, whole, strict=True):
-        assert torch.equal(call(), expected)
+        for part, all_at_once in zip(results(call), expected, strict=True):
+            torch.testing.assert_close(part, all_at_once)
 
 
 def test_roi_pool(ops, maps):

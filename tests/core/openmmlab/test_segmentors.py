@@ -20,6 +20,7 @@ SEGMENTORS = [
     "upernet/upernet_r50_4xb4-160k_ade20k-512x512",
     "segformer/segformer_mit-b0_8xb2-160k_ade20k-512x512",
     "mask2former/mask2former_r50_8xb2-160k_ade20k-512x512",
+    "psanet/psanet_r50-d8_4xb4-80k_ade20k-512x512",
 ]
 
 
@@ -73,10 +74,10 @@ def walk(config):
 def feed(model, channels):
     if "neck" in model:
         model.neck.in_channels = channels
-    else:
-        model.decode_head.in_channels = channels
-    if "auxiliary_head" in model:
-        model.auxiliary_head.in_channels = channels[model.auxiliary_head.in_index]
+        return
+    for head in (model.decode_head, model.get("auxiliary_head")):
+        if head is not None:
+            head.in_channels = channels[head.in_index] if isinstance(head.in_channels, int) else channels
 
 
 def run(config):
