@@ -12,7 +12,10 @@ from functools import cached_property
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
+from pycocotools.mask import area as mask_area
+
 from tasks.core.data import DataError
+from tasks.detection.masks import to_rle
 
 PARTS = ("images", "annotations", "categories")
 Content = dict[str, list[dict[str, Any]]]
@@ -93,7 +96,7 @@ def check_content(path: Path, content: Content, folder: Path, with_masks: bool) 
         return _annotation_problem(record, sizes.get(record["image_id"]), with_masks)
 
     annotations, more = _check(path, content["annotations"], "annotation", annotation_problem)
-    annotations = [annotation for annotation in annotations if annotation["image_id"] in sizes]
+    annotations = [completed(a, *sizes[a["image_id"]]) for a in annotations if a["image_id"] in sizes]
     return {"images": images, "annotations": annotations, "categories": content["categories"]}, problems + more
 
 
@@ -137,15 +140,30 @@ def _annotation_problem(record: dict[str, Any], size: tuple[int, int] | None, wi
     box = record.get("bbox")
     if not (isinstance(box, list) and len(box) == 4 and all(map(_is_finite, box)) and box[2] >= 0 and box[3] >= 0):
         return f"'bbox' is {_short(box)}; expected [x, y, width, height], finite, width and height at least 0"
-    if not (_is_finite(record.get("area")) and record["area"] >= 0):
+    if not (_is_finite(record.get("area", 0)) and record.get("area", 0) >= 0):
         return f"'area' is {_short(record.get('area'))}; expected a number of at least 0"
-    if record.get("iscrowd") not in (0, 1):
+    if record.get("iscrowd", 0) not in (0, 1):
         return f"'iscrowd' is {_short(record.get('iscrowd'))}; expected 0 or 1"
     segmentation = record.get("segmentation")
     if not segmentation:
         return "'segmentation' is missing; expected polygons or RLE" if with_masks else None
     problem = segmentation_problem(segmentation, *size) if size else None  # else its image is a problem already
     return f"'segmentation' {problem}" if problem else None
+
+
+def completed(annotation: dict[str, Any], height: int, width: int) -> dict[str, Any]:
+    """Add what COCO's files always have and those of others often lack: `iscrowd`, 0, and `area`.
+
+    The area is that of the segmentation, or of the box where there is none.
+    """
+    missing: dict[str, Any] = {}
+    if "iscrowd" not in annotation:
+        missing["iscrowd"] = 0
+    if "area" not in annotation:
+        segmentation = annotation.get("segmentation")
+        box_area = annotation["bbox"][2] * annotation["bbox"][3]
+        missing["area"] = float(mask_area(to_rle(segmentation, height, width)) if segmentation else box_area)
+    return {**annotation, **missing} if missing else annotation
 
 
 def segmentation_problem(segmentation: Any, height: int, width: int) -> str | None:

@@ -104,7 +104,7 @@ class CocoDetection(DetectionDataModule):
     """Your own data in COCO's format: for each split a JSON file and a folder of images, both below `root`.
 
     All files have the same categories, of any ids; the order of the ids is that of the classes. Every annotation has
-    `id`, `image_id`, `category_id`, `bbox`, `area`, `iscrowd` and, for masks, `segmentation`::
+    `id`, `image_id`, `category_id`, `bbox` and, for masks, `segmentation`, and may have `area` and `iscrowd`::
 
         root/train.json     root/train/a.jpg
         root/val.json       root/val/b.jpg

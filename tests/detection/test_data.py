@@ -91,6 +91,21 @@ def test_objects_are_those_of_pycocotools(scenes, tiny_coco, capsys):
     assert data.ground_truth("test") is truth
 
 
+def test_files_without_areas_and_crowds_are_completed(damaged, tiny_coco):
+    def strip(content):
+        for annotation in content["annotations"]:
+            del annotation["area"]
+            if not annotation["iscrowd"]:
+                del annotation["iscrowd"]
+        del content["annotations"][0]["segmentation"]
+
+    stripped = DigitScenes(str(damaged(strip)[0]), **PLAIN).ground_truth("val")["annotations"]
+    whole = DigitScenes(str(tiny_coco), **PLAIN).ground_truth("val")["annotations"]
+    assert stripped[0]["area"] == whole[0]["bbox"][2] * whole[0]["bbox"][3]
+    for found, expected in zip(stripped[1:], whole[1:], strict=True):
+        assert (found["area"], found["iscrowd"]) == (expected["area"], expected["iscrowd"])
+
+
 def test_crowds_are_kept_for_evaluation_and_not_trained_on(damaged):
     def crowd_everything(content):
         for annotation in content["annotations"]:
