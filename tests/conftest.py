@@ -127,7 +127,7 @@ def tiny_detector_options():
         }  # fmt: skip
         data = {
             "root": str(root), "batch_size": 4, "eval_batch_size": 5, "num_workers": 0,
-            "train_short_sides": [32, 40], "max_long_side": 64, "test_short_side": 40, "test_max_long_side": 64,
+            "train_short_sides": [36, 40], "max_long_side": 64, "test_short_side": 40, "test_max_long_side": 64,
         }  # fmt: skip
         return {
             "model": {"class_path": "TorchvisionDetection", "init_args": model},

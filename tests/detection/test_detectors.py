@@ -18,21 +18,28 @@ needs_mmdet = pytest.mark.skipif(importlib.util.find_spec("mmdet") is None, reas
 CHANNELS = [8, 8, 16, 16]
 SIZES = [(48, 64), (90, 70)]
 SMALL_TWO_STAGE = {"box_batch_size_per_image": 16, "rpn_post_nms_top_n_test": 20, "box_score_thresh": 0.0}
+DENSE = {"bbox_head": {"feat_channels": 32}, "test_cfg": {"score_thr": 0.0, "max_per_img": 10}}
+TWO_STAGE = {
+    "train_cfg": {"rpn_proposal": {"max_per_img": 20}},
+    "test_cfg": {"rpn": {"max_per_img": 20}, "rcnn": {"score_thr": 0.0, "max_per_img": 10}},
+}
+QUERIES = {"num_queries": 10, "test_cfg": {"max_per_img": 10}}
 # For images with fewer positions than the published number of queries, and fewer samples.
 SMALL = {
-    "deformable_detr": {"num_queries": 10, "test_cfg": {"max_per_img": 10}},
-    "dino": {"num_queries": 10, "test_cfg": {"max_per_img": 10}},
-    "mask2former": {"panoptic_head": {"num_queries": 10}, "train_cfg": {"num_points": 64},
-                    "test_cfg": {"max_per_image": 10}},
-    "retinanet": {"bbox_head": {"feat_channels": 32}, "test_cfg": {"score_thr": 0.0, "max_per_img": 10}},
-    "fcos": {"bbox_head": {"feat_channels": 32}, "test_cfg": {"score_thr": 0.0, "max_per_img": 10}},
-    "atss": {"bbox_head": {"feat_channels": 32}, "test_cfg": {"score_thr": 0.0, "max_per_img": 10}},
-    **dict.fromkeys(
-        ("faster_rcnn", "mask_rcnn", "cascade_mask_rcnn"),
-        {"train_cfg": {"rpn_proposal": {"max_per_img": 20}},
-         "test_cfg": {"rpn": {"max_per_img": 20}, "rcnn": {"score_thr": 0.0, "max_per_img": 10}}},
-    ),
-}  # fmt: skip
+    "retinanet": DENSE,
+    "fcos": DENSE,
+    "atss": DENSE,
+    "faster_rcnn": TWO_STAGE,
+    "mask_rcnn": TWO_STAGE,
+    "cascade_mask_rcnn": TWO_STAGE,
+    "deformable_detr": QUERIES,
+    "dino": QUERIES,
+    "mask2former": {
+        "panoptic_head": {"num_queries": 10},
+        "train_cfg": {"num_points": 64},
+        "test_cfg": {"max_per_image": 10},
+    },
+}
 
 
 class Maps(nn.Module):
