@@ -149,7 +149,7 @@ class DetectionModule(TaskModule):
 
     def example_input(self) -> Tensor:
         """One image of 800 x 1280 pixels, of which the papers give the cost, or smaller where the data's are."""
-        data: Any = getattr(self.trainer, "datamodule", None)
+        data: Any = getattr(self._trainer, "datamodule", None)
         height, width = EXAMPLE_SIZE
         if data is not None:
             height, width = min(height, data.test_short_side), min(width, data.test_max_long_side)
