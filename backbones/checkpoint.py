@@ -128,6 +128,7 @@ def load_checkpoint(
     path: str | Path,
     *,
     tables: Mapping[str, Table] = BACKBONE_TABLES,
+    backbone: str = "backbone.",
     min_backbone_match: float = 0.9,
 ) -> LoadReport:
     """Load a weight file into `model` under the key table, of those in `tables`, by which the most tensors fit.
@@ -135,7 +136,7 @@ def load_checkpoint(
     Position tables of another window or image size are resized; projections of softmax attention become those of the
     kind of attention that the model has (`backbones.attention_keys`). Tensors of another shape (a head for other
     classes) are left out with a warning. Raises CheckpointError, before anything is changed, when less than
-    `min_backbone_match` of the tensors of ``model.backbone`` (of the model if it has no such child) fit.
+    `min_backbone_match` of the tensors whose names begin with `backbone` (of the whole model if there are none) fit.
     """
     path = Path(path)
     state_dict = rename(read_state_dict(path), BUFFERS)
@@ -163,7 +164,7 @@ def load_checkpoint(
         mismatched={name: mismatched[name] for name in target if name in mismatched},
         ignored=[*ignored, *replaced, *dropped, *ranges],
     )
-    _require_backbone(report, target, min_backbone_match)
+    _require_backbone(report, target, backbone, min_backbone_match)
     if report.mismatched:
         shapes = [f"{name} {file} in the file, {here} here" for name, (file, here) in report.mismatched.items()]
         warnings.warn(f"{path}: not loaded because of their shape: {first_names(shapes)}", stacklevel=2)
@@ -189,8 +190,8 @@ def _of_other_heads(names: Sequence[str], target: Mapping[str, Tensor]) -> list[
     return [name for name, part in found.items() if not any(key.startswith(part) for key in target)]
 
 
-def _require_backbone(report: LoadReport, target: Mapping[str, Tensor], min_match: float) -> None:
-    inside = [name for name in target if name.startswith("backbone.")] or list(target)
+def _require_backbone(report: LoadReport, target: Mapping[str, Tensor], prefix: str, min_match: float) -> None:
+    inside = [name for name in target if name.startswith(prefix)] or list(target)
     wanted = {name for name in inside if not name.endswith(COMPUTED)}
     loaded = len(wanted.intersection(report.loaded))
     if loaded >= min_match * len(wanted):
@@ -229,22 +230,42 @@ def _guarded(path: Path, load: Callable[[], Any]) -> Any:
         return load()
     except Exception as error:
         # torch and our unpickler both write "GLOBAL module.name" for what they refuse.
-        if blocked := re.search(r"GLOBAL ([\w.]+)", str(error)):
+        if blocked := re.search(r"GLOBAL ([\w.]+)|Trying to call reduce for unrecognized", str(error)):
+            what = blocked[1] or "what it looks up itself"
             raise CheckpointError(
-                f"{path} was refused: reading it would call {blocked[1]}, which is not part of a weight file; "
+                f"{path} was refused: reading it would call {what}, which is not part of a weight file; "
                 "save only tensors (a state dict), best as .safetensors"
             ) from error
         reason = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
         raise CheckpointError(f"{path} is damaged or incomplete: {reason}") from error
 
 
+class _Unwanted:
+    """Stands for what a file holds beside its weights and nobody reads; takes any arguments and state, keeps none."""
+
+    def __init__(self, *arguments: Any) -> None: ...
+
+    def __setstate__(self, state: Any) -> None: ...
+
+
+UNWANTED = (
+    "mmengine.logging.history_buffer.HistoryBuffer",
+    "mmengine.logging.message_hub.MessageHub",
+    "builtins.getattr",  # what it would return is never called: pickle may call what is allowed by name alone
+)
+NUMPY_CORE = ("core", "_core")  # before and since numpy 2
+
+
 def _load_torch(path: Path, mmap: bool) -> Any:
-    scalar = np.float64(0).__reduce__()[0]
+    scalar, rebuild = np.float64(0).__reduce__()[0], np.empty(0).__reduce__()[0]
     allowed: list[Any] = [argparse.Namespace, np.dtype, *{type(np.dtype(code)) for code in "?bBhHiIlLqQefd"}]
-    allowed += [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    allowed += [(scalar, f"numpy.{core}.multiarray.scalar") for core in NUMPY_CORE]
     # Training programs keep their arguments and scores beside the weights; these are plain values too. A yacs CfgNode
-    # is a dict with flags and becomes an ordered one, whether or not yacs is installed.
-    allowed.append((OrderedDict, "yacs.config.CfgNode"))
+    # is a dict with flags and becomes an ordered one, whether or not yacs is installed; mmengine's is an ordered dict.
+    allowed += [(OrderedDict, name) for name in ("yacs.config.CfgNode", "mmengine.config.config.ConfigDict")]
+    # mmengine's log of scalars holds arrays and names functions of its class, which pickle looks up by getattr.
+    allowed += [np.ndarray, *((rebuild, f"numpy.{core}.multiarray._reconstruct") for core in NUMPY_CORE)]
+    allowed += [(_Unwanted, name) for name in UNWANTED]
     with torch.serialization.safe_globals(allowed):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
 

@@ -15,7 +15,7 @@ COMPUTED = ("num_batches_tracked", "relative_position_index", "attn_mask", *HASH
 BUFFERS: Table = [(r"^(.+\.)?(relative_position_index|attn_mask)$", None)]
 
 # Final norm, classifier and class token of LIT, LITv2 and Swin, which networks for dense prediction have no use for.
-CLASSIFIER = r"^(backbone\.)?(norm\.|head\.|cls_token$)"
+CLASSIFIER = r"^(backbone\.((body|features)\.)?)?(norm\.|head\.|cls_token$)"
 
 # timm's and torchvision's own names, also as timm's feature lists flatten them (layers_0 for layers.0).
 TIMM: Table = [(r"^(layers|stages|blocks|levels|features)_(\d+)\.", r"\1.\2."), (r"^(?!body\.)", "body.")]

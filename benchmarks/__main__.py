@@ -1,12 +1,12 @@
-"""``python -m benchmarks {backbones,ecoformer,kernels,memory}``: measurements on this machine, beside peers."""
+"""``python -m benchmarks {backbones,ecoformer,kernels,memory,metrics}``: measurements on this machine, beside peers."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 
-from benchmarks import backbones, ecoformer, kernels, memory
+from benchmarks import backbones, ecoformer, kernels, memory, metrics
 
-BENCHMARKS = {"backbones": backbones, "ecoformer": ecoformer, "kernels": kernels, "memory": memory}
+BENCHMARKS = {"backbones": backbones, "ecoformer": ecoformer, "kernels": kernels, "memory": memory, "metrics": metrics}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

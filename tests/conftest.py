@@ -112,6 +112,40 @@ def tiny_options():
     return options
 
 
+@pytest.fixture(scope="session")
+def tiny_detector_options():
+    """Options, as nested dictionaries, of a small RetinaNet of torchvision on the data at `root`: two steps on the CPU.
+
+    Untrained detectors are sure of nothing; a low threshold makes them find things.
+    """
+
+    def options(root):
+        model = {
+            "detector": "retinanet", "backbone": "test_resnet", "backbone_norm": "batch", "fpn_channels": 16,
+            "levels": [3, 5], "anchor_scale": 2.0, "head_convs": 1, "head_norm": True,
+            "options": {"score_thresh": 0.001, "detections_per_img": 20}, "optim": {"lr": 1e-3},
+        }  # fmt: skip
+        data = {
+            "root": str(root), "batch_size": 4, "eval_batch_size": 5, "num_workers": 0,
+            "train_short_sides": [36, 40], "max_long_side": 64, "test_short_side": 40, "test_max_long_side": 64,
+        }  # fmt: skip
+        return {
+            "model": {"class_path": "TorchvisionDetection", "init_args": model},
+            "data": {"class_path": "DigitScenes", "init_args": data},
+            "trainer": {
+                "accelerator": "cpu",
+                "max_steps": 2,
+                "val_check_interval": 2,
+                "check_val_every_n_epoch": None,
+                "log_every_n_steps": 1,
+                "enable_progress_bar": False,
+                "enable_model_summary": False,
+            },
+        }
+
+    return options
+
+
 def write_options(options, path, changes=None):
     """Write nested `options`, with dotted `changes`, to a YAML file; returns its path."""
     for key, value in (changes or {}).items():
@@ -138,6 +172,14 @@ def tiny_classifier_config(tiny_classifier_options, tmp_path):
     )
 
 
+@pytest.fixture
+def tiny_detector_config(tiny_detector_options, tmp_path):
+    """Writes `tiny_detector_options(root)`, with dotted `changes`, to a YAML file and returns its path."""
+    return lambda root, name="tiny", changes=None: write_options(
+        tiny_detector_options(root), tmp_path / f"{name}.yaml", changes
+    )
+
+
 class Outcome(NamedTuple):
     """What a command left behind."""
 
@@ -153,7 +195,11 @@ def call_cli(task, args, capture):
     if task == "classification":
         from tasks.classification.data import ClassificationDataModule as DataModule
         from tasks.classification.module import Classification as Module
+    elif task == "detection":
+        from tasks.detection.data import DetectionDataModule as DataModule
+        from tasks.detection.module import DetectionModule as Module
     else:
+        import tasks.segmentation.mmseg_module  # noqa: F401  (its classes can be named, as in __main__)
         from tasks.segmentation.data import SegmentationDataModule as DataModule
         from tasks.segmentation.module import SegmentationModule as Module
 

@@ -5,9 +5,11 @@ it is asked for a sample and can seed that sample's augmentation from (seed, pas
 the same for any number of workers and after resuming in mid-epoch, and no two workers draw the same random stream.
 """
 
+import itertools
 import random
 import warnings
-from collections.abc import Callable, Iterator, Sized
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from typing import Any, Protocol, cast
 
@@ -103,6 +105,38 @@ class TrainSampler(Sampler[int]):
         return (order[:, None] + virtual_passes * self.length).ravel()
 
 
+class GroupedBatches(BatchSampler):
+    """Batches of a `TrainSampler` that hold samples of one group each, e.g. images of one orientation.
+
+    `groups` names the group of each sample. Within an epoch nothing is lost and every process has the number of batches
+    it has without groups: what fills no batch of its group, at the end, is put together in the order it was drawn in.
+    A resumed run skips the first `start` batches of its first epoch.
+    """
+
+    def __init__(self, sampler: TrainSampler, groups: Sequence[int], start: int = 0) -> None:
+        super().__init__(sampler, sampler.batch_size, drop_last=True)
+        self.groups = groups
+        self._resumed_epoch, self._skip = sampler.epoch, start
+
+    def __iter__(self) -> Iterator[list[int]]:
+        assert isinstance(self.sampler, TrainSampler)
+        skip = self._skip if self.sampler.epoch == self._resumed_epoch else 0
+        yield from itertools.islice(self._batches(), skip, None)
+
+    def _batches(self) -> Iterator[list[int]]:
+        waiting: dict[int, list[int]] = defaultdict(list)
+        order: dict[int, int] = {}  # of what waits: its position
+        for position, virtual in enumerate(self.sampler):
+            group = waiting[self.groups[virtual % len(self.groups)]]
+            group.append(virtual)
+            order[virtual] = position
+            if len(group) == self.batch_size:
+                yield list(group)
+                group.clear()
+        rest = sorted(itertools.chain(*waiting.values()), key=order.__getitem__)
+        yield from (rest[i : i + self.batch_size] for i in range(0, len(rest), self.batch_size))
+
+
 class EvaluationSampler(Sampler[int]):
     """The samples of every `world_size`-th batch starting with `rank`: over all processes each is seen exactly once.
 
@@ -185,6 +219,15 @@ def _start_worker(worker: int) -> None:
     cv2.setNumThreads(0)
 
 
+def list_samples(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Collate any number of samples of different sizes: every value becomes a list, empty without samples."""
+    batch: dict[str, Any] = defaultdict(list)
+    for sample in samples:
+        for name, value in sample.items():
+            batch[name].append(value)
+    return batch
+
+
 class TaskDataModule(LightningDataModule):
     """Owns loaders, workers and samplers; a task adds its data sets and how to collate their samples.
 
@@ -246,18 +289,27 @@ class TaskDataModule(LightningDataModule):
         """Read the whole data set, print what is in it and everything that is wrong; True if nothing is."""
         raise NotImplementedError
 
+    def train_groups(self) -> Sequence[int] | None:
+        """Return the group of each training sample where batches are to hold one group each (see `GroupedBatches`)."""
+        return None
+
     def train_dataloader(self) -> DataLoader[Any]:
         """Load training batches; a resumed run continues behind the last batch of its checkpoint."""
         dataset = self.train_dataset()
+        groups = self.train_groups()
+        epoch, start = self._resume["epoch"], self._resume["batches"]
         sampler = TrainSampler(
             len(cast(Sized, dataset)),
             self.batch_size,
             self.seed,
             repeats=self.repeats,
-            epoch=self._resume["epoch"],
-            start=self._resume["batches"],
+            epoch=epoch,
+            start=start if groups is None else 0,
         )
         self._resume = {"epoch": 0, "batches": 0}
+        if groups is not None:
+            batches = GroupedBatches(sampler, groups, start)
+            return self._loader(dataset, self.train_collate, batch_sampler=batches)
         return self._loader(dataset, self.train_collate, batch_size=self.batch_size, sampler=sampler, drop_last=True)
 
     def val_dataloader(self) -> DataLoader[Any]:

@@ -1,5 +1,6 @@
 """Finding and reading images; whatever is wrong with a file is one `DataError` that names it."""
 
+import colorsys
 import glob
 import os
 from collections.abc import Iterator
@@ -62,3 +63,33 @@ def find_images(images: str) -> tuple[Path, list[Path]]:
     if not paths:
         raise DataError(f"images is {images!r}, where no image was found; expected a folder, a file or a glob pattern")
     return path if path.is_dir() else Path(os.path.commonpath([match.parent for match in paths])), paths
+
+
+def named_images(images: str) -> dict[str, Path]:
+    """Return the images named by a folder, a file or a glob pattern by their unique ids, in order.
+
+    Ids are paths, without suffix, relative to the folder that holds them all. Raises `DataError` if there are none or
+    two have the same id.
+    """
+    folder, paths = find_images(images)
+    named: dict[str, Path] = {}
+    for path in paths:
+        first = named.setdefault(path.relative_to(folder).with_suffix("").as_posix(), path)
+        if first != path:
+            raise DataError(f"{path} and {first} would have the same prediction file; rename one")
+    return named
+
+
+def resized_size(height: int, width: int, short_side: int, max_long_side: int) -> tuple[int, int]:
+    """Return (height, width) with the shorter side at `short_side`, unless the longer would exceed `max_long_side`."""
+    scale = short_side / min(height, width)
+    if max(height, width) * scale > max_long_side:
+        scale = max_long_side / max(height, width)
+    return max(int(height * scale + 0.5), 1), max(int(width * scale + 0.5), 1)
+
+
+def distinct_colour(index: int) -> tuple[int, int, int]:
+    """Return the RGB colour of a class that has none of its own."""
+    # Steps of the golden ratio keep any number of hues apart.
+    red, green, blue = colorsys.hsv_to_rgb(index * 0.618034 % 1, 0.75 if index % 2 else 0.55, 0.9)
+    return round(255 * red), round(255 * green), round(255 * blue)

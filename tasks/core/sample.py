@@ -16,6 +16,7 @@ import cv2
 import numpy as np
 
 SUPERSAMPLING = 3
+INK = 0.45  # an upscaled digit is solid where its ink exceeds this share of the maximum
 
 
 @cache
@@ -65,6 +66,15 @@ def average_blocks(image: np.ndarray, factor: int = SUPERSAMPLING) -> np.ndarray
     """Shrink (H, W) by averaging `factor` x `factor` blocks."""
     height, width = image.shape[0] // factor, image.shape[1] // factor
     return cv2.resize(image.astype(np.float32), (width, height), interpolation=cv2.INTER_AREA)
+
+
+def paint(generator: np.random.Generator, image: np.ndarray, coverage: np.ndarray, top: int, left: int) -> None:
+    """Paint a shape of one random light colour, with grain, into (H, W, 3); `coverage` (h, w) is each pixel's share."""
+    height, width = coverage.shape
+    window = image[top : top + height, left : left + width]
+    colour = generator.uniform(150, 255, 3)
+    grain = 6 * generator.standard_normal((height, width, 1), dtype=np.float32)
+    window += coverage[..., None] * (colour.astype(np.float32) + grain - window)
 
 
 def textured_background(generator: np.random.Generator, height: int, width: int) -> np.ndarray:

@@ -3,7 +3,6 @@
 Every batch holds RGB uint8 images and train ids 0..K-1 with 255 for pixels to ignore.
 """
 
-import colorsys
 import json
 import re
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from tasks.core.data import DataError
+from tasks.core.images import distinct_colour
 from tasks.core.sample import cache_folder, write_folder_once
 from tasks.core.splits import Listing, fraction_by_name
 from tasks.segmentation import sample
@@ -290,7 +290,7 @@ def read_classes(path: Path) -> tuple[list[str], Palette]:
         name, colour = match.groups()
         if name in names:
             raise DataError(f"{path}: class {name!r} twice; expected different names")
-        palette.append(_hex_colour(colour) if colour else _distinct_colour(len(names)))
+        palette.append(_hex_colour(colour) if colour else distinct_colour(len(names)))
         names.append(name)
     if not 1 <= len(names) <= IGNORE:
         raise DataError(f"{path}: {len(names)} classes; expected 1 to {IGNORE}, one name per line")
@@ -300,9 +300,3 @@ def read_classes(path: Path) -> tuple[list[str], Palette]:
 def _hex_colour(digits: str) -> tuple[int, int, int]:
     red, green, blue = bytes.fromhex(digits)
     return red, green, blue
-
-
-def _distinct_colour(index: int) -> tuple[int, int, int]:
-    # Steps of the golden ratio keep any number of hues apart.
-    red, green, blue = colorsys.hsv_to_rgb(index * 0.618034 % 1, 0.75 if index % 2 else 0.55, 0.9)
-    return round(255 * red), round(255 * green), round(255 * blue)

@@ -1,6 +1,5 @@
 """What the datamodules of segmentation share: options, data sets, batches."""
 
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from tasks.core.data import DataError, seed_augmentation
-from tasks.core.images import read_image
+from tasks.core.data import DataError, list_samples, seed_augmentation
+from tasks.core.images import read_image, resized_size
 from tasks.core.splits import Listing, SplitDataModule
 from tasks.segmentation.check import check_dataset, print_result
 from tasks.segmentation.reading import LabelTable, Sample, pair_files, read_pair, samples_to_predict
-from tasks.segmentation.transforms import SSDColorJitter, resize_image, resized_size, train_transforms
+from tasks.segmentation.transforms import SSDColorJitter, resize_image, train_transforms
 
 ADE20K_SHORT_SIDES = tuple(512 * tenths // 10 for tenths in range(5, 21))  # 256, 307, 358, 409, … 1024
 Palette = Sequence[tuple[int, int, int]]
@@ -77,15 +76,6 @@ def stack_samples(samples: list[dict[str, Any]]) -> dict[str, Any]:
         "mask": torch.stack([sample["mask"] for sample in samples]),
         "id": [sample["id"] for sample in samples],
     }
-
-
-def list_samples(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Collate any number of samples of different sizes: every value becomes a list, empty without samples."""
-    batch: dict[str, Any] = defaultdict(list)
-    for sample in samples:
-        for name, value in sample.items():
-            batch[name].append(value)
-    return batch
 
 
 def _image_tensor(image: np.ndarray) -> Tensor:

@@ -208,7 +208,7 @@ class FASeg(SegmentationModule):
         expect("model.auxiliary_weight", auxiliary_weight, auxiliary_weight >= 0, "at least 0")
         super().__init__(num_classes, evaluation, optim, ema_decay)
         self.remember_hyperparameters(arguments)
-        features = _backbone(backbone, backbone_norm, pretrained and not weights, drop_path_rate)
+        features = create_backbone(backbone, backbone_norm, pretrained and not weights, drop_path_rate)
         self.network = FASegNetwork(
             features,
             features.channels,
@@ -286,7 +286,7 @@ class SemanticFPN(SegmentationModule):
         arguments = dict(locals())
         super().__init__(num_classes, evaluation, optim, ema_decay)
         self.remember_hyperparameters(arguments)
-        features = _backbone(backbone, backbone_norm, pretrained and not weights, drop_path_rate)
+        features = create_backbone(backbone, backbone_norm, pretrained and not weights, drop_path_rate)
         self.network = SemanticFPNNetwork(features, num_classes)
         self.load_initial_weights(weights)
 
@@ -305,7 +305,8 @@ class SemanticFPN(SegmentationModule):
             yield resize_maps(image_scores, size)
 
 
-def _backbone(name: str, norm: Literal["frozen", "batch"], pretrained: bool, drop_path_rate: float | None) -> Any:
+def create_backbone(name: str, norm: Literal["frozen", "batch"], pretrained: bool, drop_path_rate: float | None) -> Any:
+    """A pyramid of `backbones.create_features`; raises UserError for what it does not know or find."""
     try:
         return create_features(name, pretrained=pretrained, norm=norm, drop_path_rate=drop_path_rate)
     except (ValueError, RuntimeError) as error:  # says what is wrong with the name, or that no weights were found

@@ -1,13 +1,12 @@
 """Finding and reading label maps and their images; whatever is wrong with a file is one `DataError` that names it."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from tasks.core.data import DataError
-from tasks.core.images import decoded_image, find_images, list_images, read_image
+from tasks.core.images import decoded_image, list_images, named_images, read_image
 from tasks.core.splits import Listing
 from tasks.segmentation.labels import IGNORE
 
@@ -104,19 +103,5 @@ def pair_files(images: Path, masks: Path, image_end: str = "", mask_end: str = "
 
 
 def samples_to_predict(images: str) -> list[Sample]:
-    """Return the images named by a folder, a file or a glob pattern; raises `DataError` if there are none.
-
-    Ids are paths, without suffix, relative to the folder that holds them all.
-    """
-    folder, paths = find_images(images)
-    samples = [Sample(path, None, path.relative_to(folder).with_suffix("").as_posix()) for path in paths]
-    _check_unique(samples)
-    return samples
-
-
-def _check_unique(samples: Sequence[Sample]) -> None:
-    seen: dict[str, Path] = {}
-    for sample in samples:
-        if sample.id in seen:
-            raise DataError(f"{sample.image} and {seen[sample.id]} would have the same prediction file; rename one")
-        seen[sample.id] = sample.image
+    """Return the images named by a folder, a file or a glob pattern; raises `DataError` if there are none."""
+    return [Sample(path, None, id) for id, path in named_images(images).items()]

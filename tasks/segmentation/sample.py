@@ -7,7 +7,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from tasks.core.sample import average_blocks, digit_images, render_digit, textured_background
+from tasks.core.sample import INK, average_blocks, digit_images, paint, render_digit, textured_background
 
 CLASS_NAMES = (*(str(digit) for digit in range(10)), "background")
 PALETTE = (
@@ -24,7 +24,6 @@ PALETTE = (
     (90, 90, 90),
 )
 BACKGROUND = len(CLASS_NAMES)  # as written to the annotation: train id + 1, where 0 means "other"
-INK = 0.45  # an upscaled digit is solid where its ink exceeds this share of the maximum
 
 
 def write_sample(
@@ -90,8 +89,6 @@ def _paste(
     covered = annotation[window][inside]
     if np.count_nonzero((covered != BACKGROUND) & (covered != 0)) > 0.1 * covered.size:
         return
-    colour = generator.uniform(150, 255, 3)
-    grain = 6 * generator.standard_normal((side, side, 1), dtype=np.float32)
-    image[window] += coverage[..., None] * (colour.astype(np.float32) + grain - image[window])
+    paint(generator, image, coverage, top, left)
     annotation[window][(coverage > 0.25) & ~inside] = 0
     annotation[window][inside] = value

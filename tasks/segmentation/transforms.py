@@ -11,17 +11,10 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from tasks.core.images import resized_size
 from tasks.segmentation.labels import IGNORE
 
 PAD_VALUE = 128
-
-
-def resized_size(height: int, width: int, short_side: int, max_long_side: int) -> tuple[int, int]:
-    """Return (height, width) with the shorter side at `short_side`, unless the longer would exceed `max_long_side`."""
-    scale = short_side / min(height, width)
-    if max(height, width) * scale > max_long_side:
-        scale = max_long_side / max(height, width)
-    return max(int(height * scale + 0.5), 1), max(int(width * scale + 0.5), 1)
 
 
 def resize_image(image: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as image_ops
 
 from tasks.core.errors import expect
-from tasks.segmentation.transforms import resized_size
+from tasks.core.images import resized_size
 
 Scores = Callable[[Tensor], Tensor]
 

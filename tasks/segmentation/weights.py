@@ -43,6 +43,26 @@ def load_weights(network: nn.Module, path: str | Path) -> LoadReport:
     return load_checkpoint(network, path, tables=_layouts())
 
 
+def load_mmseg_weights(segmentor: nn.Module, path: str | Path) -> LoadReport:
+    """Load a weight file of any known layout into a segmentor of mmsegmentation; names in the report are its own.
+
+    Knows checkpoints of our training, models of mmsegmentation, LIT's and LITv2's among them, and files with a backbone
+    alone or with that of a detector (then the heads keep their initial values).
+    """
+    has_features = hasattr(getattr(segmentor.backbone, "features", None), "channels")  # `FrugalBackbone`
+    prefix = "backbone.features." if has_features else "backbone."
+    inside: Table = [(r"^backbone\.", prefix)]
+    layouts: dict[str, Table] = {
+        "mmsegmentation model": inside,
+        "mmsegmentation model, timm or torchvision names": [*prefixed(TIMM, "backbone."), *inside],
+        "our checkpoint": [(r"^(?!network\.segmentor\.)", None), (r"^network\.segmentor\.", "")],
+        "our network": [(r"^segmentor\.", "")],
+    }
+    for name, table in BACKBONE_TABLES.items():
+        layouts[f"backbone alone, {name}"] = [*table, (r"^", prefix)]
+    return load_checkpoint(segmentor, path, tables=layouts)
+
+
 def official_key_table(network: nn.Module) -> Table:
     """Rows that rename the keys of a FASeg network to those of the official code.
 

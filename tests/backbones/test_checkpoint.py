@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from backbones import CheckpointError, create_features, load_checkpoint
-from backbones.checkpoint import read_state_dict, rename
+from backbones.checkpoint import read_content, read_state_dict, rename
 from backbones.keys import DETECTRON2_RESNET, TO_DETECTRON2_RESNET, TO_OFFICIAL_SWIN, prefixed
 from backbones.swin import SwinFeatures
 
@@ -91,6 +91,54 @@ def test_code_in_a_file_is_named_and_never_runs(tmp_path, kind):
         torch.save(content, file, _use_new_zipfile_serialization=kind == "zip")
     with pytest.raises(CheckpointError, match=r"evil\.pth was refused: reading it would call posix\.system"):
         read_state_dict(file)
+    assert not evidence.exists()
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_what_mmengine_keeps_beside_the_weights_is_read_and_nothing_of_it_is_constructed(tmp_path, zipped):
+    logging = pytest.importorskip("mmengine.logging")
+    config = pytest.importorskip("mmengine.config")
+    hub = logging.MessageHub("a training")
+    hub.update_scalar("train/loss", 1.5)
+    hub.update_info("iter", np.int64(3))
+    content = {
+        "meta": {"epoch": 12, "dataset_meta": config.ConfigDict(CLASSES=("wall",)), "best": np.float32(0.5)},
+        "state_dict": WEIGHTS,
+        "message_hub": hub.state_dict(),
+        "hub": hub,  # earlier releases saved the object itself
+        "param_schedulers": [{"base_values": np.array([1e-4, 1e-5])}],
+    }
+    torch.save(content, tmp_path / "w.pth", _use_new_zipfile_serialization=zipped)
+    assert same(read_state_dict(tmp_path / "w.pth"))
+    found = read_content(tmp_path / "w.pth")
+    assert found["meta"] == {"epoch": 12, "dataset_meta": {"CLASSES": ("wall",)}, "best": 0.5}
+    assert not isinstance(found["meta"]["dataset_meta"], config.ConfigDict)
+    assert found["message_hub"]["runtime_info"]["iter"] == 3
+    assert found["param_schedulers"][0]["base_values"].tolist() == [1e-4, 1e-5]
+    for unwanted in (found["message_hub"]["log_scalars"]["train/loss"], found["hub"]):
+        assert not isinstance(unwanted, logging.HistoryBuffer | logging.MessageHub)
+        assert vars(unwanted) == {}
+
+
+def test_getattr_of_a_file_gets_nothing_and_cannot_be_called(tmp_path):
+    evidence = tmp_path / "ran"
+
+    class Step:
+        def __init__(self, call, *arguments):
+            self.reduced = call, arguments
+
+        def __reduce__(self):
+            return self.reduced
+
+        def __call__(self):
+            """Pickle asks this of whatever it is to call when the file is read."""
+
+    looked_up = Step(getattr, torch.serialization._get_layout, "__globals__")
+    torch.save({"a": torch.ones(1), "x": looked_up}, tmp_path / "w.pth")
+    assert vars(read_content(tmp_path / "w.pth")["x"]) == {}
+    torch.save({"a": torch.ones(1), "x": Step(looked_up, f"touch {evidence}")}, tmp_path / "evil.pth")
+    with pytest.raises(CheckpointError, match=r"evil\.pth was refused: reading it would call what it looks up itself"):
+        read_content(tmp_path / "evil.pth")
     assert not evidence.exists()
 
 

@@ -47,6 +47,13 @@ def test_decay_spares_norms_embeddings_and_position_tables_but_not_biases():
     assert not {"head.weight", "head.bias", "level_embed", "backbone.layers.0.blocks.0.attn.qkv.bias"} & spared
 
 
+def test_without_exceptions_everything_decays():
+    network = Network()
+    found = settings(network, parameter_groups(network, 1.0, 0.05, no_decay="none"))
+    assert {decay for _, decay in found.values()} == {0.05}
+    assert found.keys() == dict(network.named_parameters()).keys()
+
+
 def test_1d_is_the_convention_of_timm():
     from timm.optim import param_groups_weight_decay
 
@@ -281,7 +288,7 @@ def test_optimizers_come_from_timm_with_their_settings():
     [
         ({"optimizer": "adamv"}, "optimizer: 'adamv' is not an optimizer of timm; did you mean adam"),
         ({"schedule": "linear"}, "schedule: 'linear' was given, one of poly, cosine, multistep, constant"),
-        ({"no_decay": "none"}, "no_decay: 'none' was given, one of norm_and_embedding, 1d"),
+        ({"no_decay": "all"}, "no_decay: 'all' was given, one of norm_and_embedding, 1d, none"),
         ({"lr": -1.0}, "lr: -1.0 was given, a positive number"),
         ({"lr": float("nan")}, "lr: nan was given"),
         ({"weight_decay": -0.1}, "weight_decay: -0.1 was given"),

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
-from tasks.core.data import EvaluationSampler, TrainSampler, seed_augmentation, seeded_generators
+from tasks.core.data import EvaluationSampler, GroupedBatches, TrainSampler, seed_augmentation, seeded_generators
 
 
 def test_train_sampler_shuffles_each_epoch_differently_and_covers_it():
@@ -220,3 +220,45 @@ def test_samplers_take_their_process_from_torch_distributed(monkeypatch):
     monkeypatch.setattr("torch.distributed.get_world_size", lambda: 3)
     assert list(EvaluationSampler(13, 2)) == [2, 3, 8, 9]
     assert list(TrainSampler(12, 2, 0)) == list(TrainSampler(12, 2, 0, rank=1, world_size=3))
+
+
+def grouped(groups, batch_size, *, start=0, epoch=0, rank=0, world_size=1):
+    sampler = TrainSampler(len(groups), batch_size, seed=0, epoch=epoch, rank=rank, world_size=world_size)
+    return GroupedBatches(sampler, groups, start)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+def test_batches_hold_one_group_but_for_the_last_ones(batch_size, world_size):
+    groups = (np.random.default_rng(0).random(61) < 0.3).astype(int).tolist()
+    for epoch in range(3):
+        seen = []
+        for rank in range(world_size):
+            batches = grouped(groups, batch_size, epoch=epoch, rank=rank, world_size=world_size)
+            drawn = list(batches)
+            assert len(drawn) == len(batches) == 61 // (batch_size * world_size)
+            assert [len(batch) for batch in drawn] == [batch_size] * len(drawn)
+            mixed = [len({groups[virtual % 61] for virtual in batch}) > 1 for batch in drawn]
+            assert not any(mixed[:-1])
+            # the very samples that this process has without groups
+            plain = TrainSampler(61, batch_size, seed=0, epoch=epoch, rank=rank, world_size=world_size)
+            assert sorted(itertools.chain(*drawn)) == sorted(plain)
+            seen += itertools.chain(*drawn)
+        assert len(set(seen)) == len(seen)
+
+
+def test_grouped_batches_resume_behind_those_already_trained_on():
+    groups = [0, 1, 1] * 12
+    whole = list(grouped(groups, 4, epoch=2))
+    resumed = grouped(groups, 4, epoch=2, start=3)
+    assert list(resumed) == whole[3:]
+    assert len(resumed) == len(whole)  # that of an epoch, as Lightning expects
+    resumed.sampler.set_epoch(3)  # what Lightning calls
+    assert list(resumed) == list(grouped(groups, 4, epoch=3)) != whole
+    assert len(list(resumed)) == len(whole)
+
+
+def test_groups_of_a_set_smaller_than_a_batch():
+    (batch,) = grouped([0, 1, 0], 4)
+    assert len(set(batch)) == 4  # two variations of one
+    assert {virtual % 3 for virtual in batch} == {0, 1, 2}

@@ -8,13 +8,13 @@ import torch
 from PIL import Image
 
 from tasks.core.data import seed_augmentation
+from tasks.core.images import resized_size
 from tasks.segmentation.transforms import (
     RandomCropUpTo,
     ResizeShortestEdge,
     SSDColorJitter,
     resize_image,
     resize_mask,
-    resized_size,
     train_transforms,
 )
 

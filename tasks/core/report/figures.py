@@ -64,7 +64,7 @@ def class_bars(values: Mapping[str, float], label: str) -> bytes:
     axes.set_xlabel(label)
     _quiet(axes)
     axes.grid(False, axis="y")
-    return _png(figure)
+    return png(figure)
 
 
 def confusion_matrix(counts: NDArray[np.integer], classes: Sequence[str]) -> bytes:
@@ -110,7 +110,34 @@ def reliability_diagram(bins: NDArray[np.floating]) -> bytes:
     for axes in (upper, lower):
         _quiet(axes)
         axes.yaxis.label.set(color=INK, fontsize=8)
-    return _png(figure)
+    return png(figure)
+
+
+def precision_recall_curves(
+    panels: Mapping[str, Mapping[str, NDArray[np.floating]]], recall: NDArray[np.floating]
+) -> bytes:
+    """Precision at each `recall` (R,) as PNG: lines by label, in a panel by title; NaN where it is not defined.
+
+    Panels have the same labels. One is drawn large, several in rows of four.
+    """
+    columns = min(len(panels), 4)
+    rows = -(-len(panels) // columns)
+    size = (4.6, 3.5) if len(panels) == 1 else (2.4 * columns, 0.4 + 1.8 * rows)
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    for axes, (title, lines) in zip(grid.flat, panels.items(), strict=False):
+        for colour, (label, precision) in zip(COLOURS, lines.items(), strict=False):
+            axes.plot(recall, precision, color=colour, linewidth=1.5, label=label)
+        axes.set(xlim=(0, 1), ylim=(0, 1.02))
+        axes.set_title(_short(title), fontsize=8, color=INK)
+        _quiet(axes)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_axis_off()
+    figure.supxlabel("recall", fontsize=8, color=INK)
+    figure.supylabel("precision", fontsize=8, color=INK)
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=6, frameon=False, fontsize=8, labelcolor=INK)
+    return png(figure)
 
 
 def _row_shares(counts: NDArray[np.integer]) -> NDArray[np.floating]:
@@ -137,7 +164,7 @@ def _matrix(share: NDArray[np.floating], classes: Sequence[str]) -> bytes:
     bar.set_label("% of the true class", fontsize=7, color=INK)
     bar.outline.set_visible(False)
     bar.ax.tick_params(length=0, labelsize=7, colors=INK)
-    return _png(figure)
+    return png(figure)
 
 
 def thumbnail(array: NDArray[np.uint8], longest_side: int = 320) -> NDArray[np.uint8]:
@@ -218,7 +245,7 @@ def side_by_side(
         borderpad=0.2,
         borderaxespad=0,
     )
-    return _png(figure, dpi=110)
+    return png(figure, dpi=110)
 
 
 def _quantity(name: str) -> str:
@@ -278,7 +305,8 @@ def _quiet(axes: Axes) -> None:
     axes.xaxis.label.set(color=INK, fontsize=8)
 
 
-def _png(figure: Figure, dpi: int = 132) -> bytes:
+def png(figure: Figure, dpi: int = 132) -> bytes:
+    """Draw a figure as PNG, on white."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi, facecolor="white")
     return buffer.getvalue()

@@ -1,0 +1,140 @@
+"""Segmentors of mmsegmentation behind this task's interface: batches become its data samples, logits come back."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tasks.core.errors import UserError
+from tasks.segmentation.labels import IGNORE
+from tasks.segmentation.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
+
+
+class MMSegNetwork(nn.Module):
+    """A segmentor of mmsegmentation.
+
+    Args:
+        segmentor: Built by `build_segmentor`.
+        preprocess: What is done to images.
+        touch: Let every parameter take part in every loss. Segmentors made from a plain name do so by themselves; what
+            any configuration builds is not known.
+    """
+
+    def __init__(self, segmentor: nn.Module, preprocess: Preprocess, touch: bool = False) -> None:
+        super().__init__()
+        self.segmentor: Any = segmentor
+        self.preprocess = preprocess
+        self.touch = touch
+
+    def losses(self, images: Tensor, masks: Tensor) -> dict[str, Tensor]:
+        """Terms of mmsegmentation's loss of images (B, 3, H, W) in 0..255 and train ids (B, H, W)."""
+        from mmengine.structures import PixelData
+        from mmseg.structures import SegDataSample
+
+        inputs = self.preprocess(images)
+        height, width = inputs.shape[-2:]
+        labels = F.pad(masks.long(), (0, width - masks.shape[-1], 0, height - masks.shape[-2]), value=IGNORE)
+        metas = self._metas(inputs)
+        samples = [
+            SegDataSample(metainfo=meta, gt_sem_seg=PixelData(data=label[None]))
+            for meta, label in zip(metas, labels, strict=True)
+        ]
+        # What has no "loss" in its name, such as an accuracy, is for logs.
+        terms = {name: value for name, value in self.segmentor.loss(inputs, samples).items() if "loss" in name}
+        losses = {name: value.mean() if isinstance(value, Tensor) else sum(value) for name, value in terms.items()}
+        if self.touch:
+            first = [parameter.flatten()[0] for parameter in self.parameters() if parameter.requires_grad]
+            losses["loss_untouched"] = 0 * torch.stack(first).sum()
+        return losses
+
+    def scores(self, images: Tensor) -> Tensor:
+        """Class scores (B, K, H, W) of images (B, 3, H, W) in 0..255."""
+        inputs = self.preprocess(images)
+        height, width = images.shape[-2:]
+        return self.segmentor.encode_decode(inputs, self._metas(inputs))[..., :height, :width]
+
+    def forward(self, images: Tensor, masks: Tensor | None = None) -> Any:
+        """`losses` with label maps, else `scores`; what hooks on the network see."""
+        return self.scores(images) if masks is None else self.losses(images, masks)
+
+    @staticmethod
+    def _metas(inputs: Tensor) -> list[dict[str, Any]]:
+        """mmsegmentation's descriptions of images that are as large as the batch."""
+        size = inputs.shape[-2:]  # as a torch.Size: heads then resize to it whatever else is said
+        return [{"img_shape": size, "ori_shape": size, "pad_shape": size} for _ in range(len(inputs))]
+
+
+def build_network(described: Mapping[str, Any], features: nn.Module | None = None, touch: bool = False) -> MMSegNetwork:
+    """Build and initialise what is `described` by mmsegmentation's dictionary; `features` becomes its backbone.
+
+    Raises UserError for what mmsegmentation does not know or refuses, and for a model that is no segmentor of images.
+    """
+    import_mmseg()
+    from mmengine.config import ConfigDict
+    from mmengine.registry import DefaultScope
+    from mmseg.models.segmentors import DepthEstimator, EncoderDecoder
+    from mmseg.registry import MODELS
+
+    model = dict(copy.deepcopy(described))
+    preprocess = _preprocess(model.pop("data_preprocessor", None) or {})
+    if features is not None:
+        model["backbone"] = {"type": nn.Identity}
+    try:
+        # Only while it is built: another package's scope may be in use in this process.
+        with DefaultScope.overwrite_default_scope("mmseg"), warnings.catch_warnings():
+            # That its mean over pixels counts ignored ones: so do the published results.
+            warnings.filterwarnings("ignore", message="Default ``avg_non_ignore`` is False")
+            segmentor = MODELS.build(ConfigDict(model))
+            if not isinstance(segmentor, EncoderDecoder) or isinstance(segmentor, DepthEstimator):
+                raise TypeError("only EncoderDecoder and CascadeEncoderDecoder are supported")
+            segmentor.init_weights()
+    except (KeyError, TypeError, ValueError, AssertionError, AttributeError, ImportError, RuntimeError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"model: mmsegmentation cannot build {model.get('type')!r}: {reason}") from error
+    if features is not None:
+        segmentor.backbone = features
+    return MMSegNetwork(segmentor, preprocess, touch)
+
+
+def import_mmseg() -> None:
+    """Import and register mmsegmentation; raises UserError where the extra is not installed."""
+    from tasks.core.openmmlab import install
+
+    install()
+    try:
+        import mmdet.models  # noqa: F401  (parts of Mask2Former)
+        import mmseg.models  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"{error.name} cannot be imported: install Frugal with its extra openmmlab, "
+            "pip install 'frugal-vision[openmmlab]', or take class FASeg or SemanticFPN"
+        ) from error
+    from mmengine.logging import MMLogger
+
+    # It would list how each parameter was initialised.
+    MMLogger.get_current_instance().setLevel(logging.WARNING)
+
+
+def _preprocess(options: Mapping[str, Any]) -> Preprocess:
+    """What mmsegmentation's preprocessor does to one image in a test; without options only the normalisation.
+
+    It expects OpenCV's order of channels, we read RGB: unless it turns them the network wants BGR.
+    """
+    kind = str(options.get("type", "SegDataPreProcessor")).rpartition(".")[2]
+    if kind != "SegDataPreProcessor":
+        raise UserError(f"model.config: data_preprocessor {kind!r} is not supported, only SegDataPreProcessor")
+    if not options:
+        return Preprocess(size_divisor=1)
+    return Preprocess(
+        mean=options.get("mean") or IMAGENET_MEAN,
+        std=options.get("std") or IMAGENET_STD,
+        size_divisor=(options.get("test_cfg") or {}).get("size_divisor") or 1,
+        bgr=not (options.get("bgr_to_rgb") or options.get("rgb_to_bgr")),
+    )
