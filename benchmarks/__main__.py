@@ -1,12 +1,18 @@
-"""``python -m benchmarks {backbones,ecoformer,kernels,memory}``: measurements on this machine, beside peers."""
+"""``python -m benchmarks {backbones,ecoformer,kernels,memory,temporal}``: measurements here, beside peers."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 
-from benchmarks import backbones, ecoformer, kernels, memory
+from benchmarks import backbones, ecoformer, kernels, memory, temporal
 
-BENCHMARKS = {"backbones": backbones, "ecoformer": ecoformer, "kernels": kernels, "memory": memory}
+BENCHMARKS = {
+    "backbones": backbones,
+    "ecoformer": ecoformer,
+    "kernels": kernels,
+    "memory": memory,
+    "temporal": temporal,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
