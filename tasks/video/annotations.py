@@ -54,8 +54,10 @@ class Video:
         segments: (n, 2) start and end in seconds.
         labels: (n,) classes, from 0.
         duration: Seconds; None until its file was opened, unless the annotations say it.
+        native_fps: Frames per second of its file, where the annotations say it.
         fps: Frames per second of what is sampled from it.
         num_frames: Frames sampled from it.
+        first_frame: Where, in such frames, the first sample stands for; features cover several frames each.
         official_frames: (n, 2) start and end in sampled frames by THUMOS14's frame columns, where these are wanted.
     """
 
@@ -63,16 +65,25 @@ class Video:
     segments: Floats
     labels: Integers
     duration: float | None = None
+    native_fps: float | None = None
     fps: float | None = None
     num_frames: int | None = None
+    first_frame: float = 0.0
     official_frames: Floats | None = None
+
+    @property
+    def sampled_seconds(self) -> float:
+        """How long what is sampled from it lasts."""
+        assert self.num_frames is not None
+        assert self.fps is not None
+        return self.num_frames / self.fps
 
     def frames(self) -> Floats:
         """Start and end of the instances (n, 2) in sampled frames."""
         if self.official_frames is not None:
             return self.official_frames
         assert self.fps is not None
-        return self.segments * self.fps
+        return self.segments * self.fps - self.first_frame
 
 
 @dataclass
@@ -163,7 +174,7 @@ def _thumos_video(id: str, instances: _Collected, row: dict[str, str], path: Pat
     sample_fps = min(_number(row, "sample_fps", path) if "sample_fps" in row else SAMPLE_FPS, fps)
     sampled = int(_number(row, "sample_count", path)) if "sample_count" in row else int(count * sample_fps / fps)
     frames = np.array(instances.frames) * (sampled / count) if instances.frames else None
-    return Video(id, segments, labels, count / fps, sample_fps, sampled, frames)
+    return Video(id, segments, labels, count / fps, fps, sample_fps, sampled, official_frames=frames)
 
 
 def _csv(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
