@@ -20,7 +20,6 @@ from tasks.video.afsd.keys import OFFICIAL_HEAD_KEYS
 from tasks.video.afsd.losses import (
     AFSDLossConfig,
     boundary_losses,
-    boundary_masks,
     detection_losses,
     focal_loss,
     giou_loss,
@@ -28,6 +27,7 @@ from tasks.video.afsd.losses import (
     triplet_loss,
 )
 from tasks.video.post_processing import PostProcessingConfig, hard_nms, soft_nms, suppress
+from tasks.video.windows import boundary_masks, window_offsets
 
 LOSSES = {
     "loc": "loss_l",
@@ -217,7 +217,8 @@ def check_head_outputs(meta, tensors, output, length):
     segments, labels = truth[:, :2] * length, truth[:, 2].long() - 1
     masks = tensors["in.scores"][:, -2:]
     if "gt" in meta:
-        close("masks", boundary_masks(torch.tensor(meta["gt"], dtype=torch.float64)[:, :2], length), masks[0])
+        starts_and_ends = boundary_masks(np.array(meta["gt"], dtype=np.float64)[:, :2], length)
+        close("masks", torch.stack([torch.from_numpy(mask) for mask in starts_and_ends]), masks[0])
     activitynet = len(tensors["out.priors"][0]) == 2
     config = config_of({"overlap_thresh": meta.get("overlap_thresh", 0.6 if activitynet else 0.5)}, activitynet)
     losses = detection_losses(output, [segments], [labels], config) | boundary_losses(output.boundaries, masks)
@@ -293,11 +294,6 @@ def output_of(tensors, tag, length):
     assert sum(counts) == steps
     points = torch.cat([(torch.arange(count) + 0.5) / count for count in counts])
     return AFSDOutput(**data, quality=quality, points=points, levels=None, boundaries=None, length=length)
-
-
-def window_offsets(frames, length, stride):
-    last = max(frames - length, 0)
-    return [*range(0, last + 1, stride), *([last] if last % stride else [])]
 
 
 def check_test_program(meta, path):

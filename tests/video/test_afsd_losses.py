@@ -10,7 +10,6 @@ from tasks.video.afsd.head import AFSDOutput, BoundaryFeatures
 from tasks.video.afsd.losses import (
     AFSDLossConfig,
     boundary_losses,
-    boundary_masks,
     detection_losses,
     focal_loss,
     giou_loss,
@@ -153,15 +152,6 @@ def test_gradient_of_the_quality_reaches_the_distances():
 
 
 # -- boundaries -------------------------------------------------------------------------------------------------------
-
-
-def test_masks_of_boundaries():
-    """A tenth of 30 frames, at least 2, half to each side: frames 8.5 to 11.5, and 38.5 to 41.5, rounded to even."""
-    masks = boundary_masks(segments((10, 40), (1, 5)), 48)
-    assert masks.dtype == torch.float32
-    assert masks[0].nonzero().flatten().tolist() == [0, 1, 2, 8, 9, 10, 11, 12]
-    assert masks[1].nonzero().flatten().tolist() == [4, 5, 6, 38, 39, 40, 41, 42]
-    assert not boundary_masks(segments(), 48).any()
 
 
 def boundaries(batch=2):

@@ -123,19 +123,10 @@ def _sums_of_clip(
     return sums, {"coarse": positive.sum(), "refined": again.sum()}
 
 
-def boundary_masks(segments: Tensor, length: int) -> Tensor:
-    """Two masks (2, length), float32: 1 on the frames around the starts, and around the ends, of instances (M, 2)."""
-    frames = torch.arange(length, device=segments.device)
-    reach = ((segments[:, 1] - segments[:, 0]) / 10).clamp(min=2)[:, None] / 2  # (M, 1)
-    first, last = (segments - reach).round(), (segments + reach).round()
-    near = (frames >= first[..., None]) & (frames <= last[..., None])  # (M, 2, length)
-    return near.any(dim=0).float()
-
-
 def boundary_losses(boundaries: BoundaryFeatures, masks: Tensor) -> dict[str, Tensor]:
     """The losses ``start`` and ``end``: boundary features must be active at the boundaries alone.
 
-    `masks` (B, 2, L) are those of `boundary_masks`.
+    `masks` (B, 2, L) are 1 on the frames around starts, and around ends, of instances, else 0.
     """
     losses = dict.fromkeys(("start", "end"), masks.new_zeros(()))
     for feature, weight in zip(boundaries, (1.0, BRANCH_WEIGHT, BRANCH_WEIGHT), strict=True):
