@@ -62,6 +62,17 @@ def tiny_digits(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def tiny_videos(tmp_path_factory):
+    """5 training and 4 validation videos of ten seconds with moving digits, like THUMOS14; not to be changed."""
+    pytest.importorskip("av")
+    from tasks.video.sample import write_sample
+
+    root = tmp_path_factory.mktemp("data") / "videos"
+    write_sample(root, 5, 4, seconds=10)
+    return root
+
+
+@pytest.fixture(scope="session")
 def tiny_classifier_options():
     """Options, as nested dictionaries, of a small classifier on the data at `root`: two steps on the CPU."""
 
@@ -153,6 +164,9 @@ def call_cli(task, args, capture):
     if task == "classification":
         from tasks.classification.data import ClassificationDataModule as DataModule
         from tasks.classification.module import Classification as Module
+    elif task == "video":
+        from tasks.video.data import VideoDataModule as DataModule
+        from tasks.video.module import VideoModule as Module
     else:
         from tasks.segmentation.data import SegmentationDataModule as DataModule
         from tasks.segmentation.module import SegmentationModule as Module

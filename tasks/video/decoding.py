@@ -45,6 +45,12 @@ class Sampling:
             return native_fps * min(self.max_frames / max(num_frames, 1), 1)
         return min(self.fps, native_fps)
 
+    def counter(self, native_fps: float, num_frames: int) -> tuple[float, float]:
+        """By how much a counter grows per frame, and the value at which a frame is kept; whole numbers stay exact."""
+        if self.max_frames is not None:
+            return min(self.max_frames, max(num_frames, 1)), max(num_frames, 1)
+        return 1, native_fps / self.rate(native_fps, num_frames)
+
     @property
     def name(self) -> str:
         """Names the folder of decoded frames."""
@@ -116,18 +122,18 @@ def decode(path: Path, sampling: Sampling) -> Iterator[NDArray[np.uint8]]:
     """The kept frames (size, size, 3) of a video, RGB, one at a time.
 
     A counter grows by one per frame; when it reaches the native rate over the kept one, the frame is kept and the
-    counter lowered by as much. AFSD's frames were made so: the k-th kept frame is the last of the k-th interval.
+    counter is lowered by as much. AFSD's frames were made so: the k-th kept frame is the last of the k-th interval.
 
     Raises:
         DataError: The file cannot be decoded, or ends long before its header says.
     """
     info = probe(path)
-    step = info.fps / sampling.rate(info.fps, info.num_frames)
+    increment, step = sampling.counter(info.fps, info.num_frames)
     counter, count = 0.0, 0
     with opened(path) as (container, stream):
         for frame in container.decode(stream):
             count += 1
-            counter += 1
+            counter += increment
             if counter >= step:
                 counter -= step
                 image = frame.to_image()

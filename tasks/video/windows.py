@@ -126,7 +126,7 @@ def splice(instance: Sequence[float], cut: int, begin: int, piece: int, length: 
     start, end = instance
     stop = begin + piece
     frames = np.arange(length)
-    if end < begin and stop <= length:
+    if end <= begin and stop <= length:
         frames[cut:stop] = np.concatenate([np.arange(begin, stop), np.arange(cut, begin)])
         segments = [(start, cut), (cut + piece, end + piece), (cut + 1, cut + piece - 1)]
     elif begin >= 0 and stop <= cut:
