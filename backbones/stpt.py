@@ -104,10 +104,11 @@ class PooledAttention(nn.Module):
         missing = [n * side - size for n, side, size in zip((t, h, w), window, x.shape[1:4], strict=True)]
         if any(missing):
             x = F.pad(x, (0, 0, 0, missing[2], 0, missing[1], 0, missing[0]))
+        # windows stay channel-last, which depth-wise convolutions are faster on
         batch, channels = x.shape[0], x.shape[-1]
-        x = x.reshape(batch, t, window[0], h, window[1], w, window[2], channels).permute(0, 1, 3, 5, 7, 2, 4, 6)
-        x = pool(x.reshape(batch * t * h * w, channels, *window))
-        x = x.view(batch, t, h, w, *x.shape[1:]).permute(0, 1, 5, 2, 6, 3, 7, 4)
+        x = x.reshape(batch, t, window[0], h, window[1], w, window[2], channels).permute(0, 1, 3, 5, 2, 4, 6, 7)
+        x = _depthwise(x.reshape(batch * t * h * w, *window, channels), pool)
+        x = x.unflatten(0, (batch, t, h, w)).permute(0, 1, 4, 2, 5, 3, 6, 7)
         return x.flatten(5, 6).flatten(3, 4).flatten(1, 2)[:, : grid[0], : grid[1], : grid[2]]
 
 
