@@ -326,3 +326,34 @@ def test_checkpointing_changes_nothing(name):
         scores.square().sum().backward()
         results.append([scores, *(p.grad for p in model.parameters())])
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+# -- precision and compilers ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@classifiers
+def test_half_precision(name, dtype):
+    torch.manual_seed(0)
+    model = create(name, num_classes=5, **CLASSIFIERS[name]).eval()
+    pixels = clip(8, 40, 40)
+    exact = model(pixels)
+    with torch.autocast("cpu", dtype):
+        mixed = model(pixels)
+    half = model.to(dtype)(pixels.to(dtype))
+    assert half.dtype == mixed.dtype == dtype
+    for scores in (mixed, half):
+        assert (scores.float() - exact).abs().max() < 0.1 * exact.abs().max()
+
+
+@pytest.mark.slow
+def test_export_and_compilation_of_stpt():
+    torch.manual_seed(0)
+    model, pixels = STPT(num_classes=5, **{**TINY_STPT, "depths": (1, 1, 1, 1)}).eval(), clip(6, 40, 40)
+    expected = model(pixels)
+    exported = torch.export.export(model, (pixels,), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},)).module()
+    more = clip(6, 40, 40, batch=3)
+    torch.testing.assert_close(exported(more), model(more), rtol=1e-4, atol=1e-5)
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(pixels)
+    torch.testing.assert_close(compiled, expected, rtol=1e-4, atol=1e-5)
