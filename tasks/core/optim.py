@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatch, fnmatchcase
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from tasks.core.errors import UserError, expect
 
 NORM_LAYERS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm, nn.RMSNorm)
 POSITION_PARAMETERS = ("relative_position_bias_table", "pos_embed")  # also absolute_pos_embed
-NO_DECAY_RULES = ("norm_and_embedding", "1d")
+NO_DECAY_RULES = ("norm_and_embedding", "1d", "nothing")
 SCHEDULES = ("poly", "cosine", "multistep", "constant")
 
 
@@ -38,7 +38,8 @@ class OptimConfig:
             and `min_lr` are not multiplied, as in torch, mmcv and the code of LIT and LITv2, where offsets at
             ``0.01 * lr = min_lr`` keep one learning rate after the warm-up. A factor of 0 holds parameters still.
         no_decay: Which parameters take no weight decay: ``norm_and_embedding`` (normalisation layers, embeddings and
-            position tables; biases do decay) or ``1d`` (timm: vectors, biases and the model's own list).
+            position tables; biases do decay), ``1d`` (timm: vectors, biases and the model's own list) or ``nothing``
+            (all decay, as with torch's optimizers used plainly).
         layer_decay: Factor on the backbone's whole schedule per layer below the top (1 at the head), as in timm; None
             is off.
         schedule: ``poly``, ``cosine``, ``multistep`` or ``constant``.
@@ -60,7 +61,7 @@ class OptimConfig:
     betas: tuple[float, float] | None = None
     momentum: float | None = None
     lr_multipliers: dict[str, float] = field(default_factory=dict)
-    no_decay: Literal["norm_and_embedding", "1d"] = "1d"
+    no_decay: Literal["norm_and_embedding", "1d", "nothing"] = "1d"
     layer_decay: float | None = None
     schedule: Literal["poly", "cosine", "multistep", "constant"] = "cosine"
     power: float = 0.9
@@ -113,7 +114,7 @@ def parameter_groups(
     weight_decay: float,
     *,
     lr_multipliers: dict[str, float] | None = None,
-    no_decay: Literal["norm_and_embedding", "1d"] = "1d",
+    no_decay: Literal["norm_and_embedding", "1d", "nothing"] = "1d",
     layer_decay: float | None = None,
 ) -> list[dict[str, Any]]:
     """Group the trainable parameters of `model` by learning rate and weight decay; each appears exactly once.
@@ -124,7 +125,7 @@ def parameter_groups(
     layers.
     """
     multipliers = lr_multipliers or {}
-    undecayed = _norm_and_embedding_names(model) if no_decay == "norm_and_embedding" else _timm_undecayed_names(model)
+    undecayed = UNDECAYED[no_decay](model)
     layers, depth = _backbone_layers(model) if layer_decay is not None else ({}, 0)
     used: set[str] = set()
     groups: dict[tuple[float, float, float], dict[str, Any]] = {}
@@ -253,6 +254,13 @@ def _timm_undecayed_names(model: nn.Module) -> set[str]:
         patterns = [prefix + pattern for pattern in module.no_weight_decay()]  # type: ignore[operator]
         names |= {name for name, _ in model.named_parameters() if any(fnmatch(name, p) for p in patterns)}
     return names
+
+
+UNDECAYED: dict[str, Callable[[nn.Module], set[str]]] = {
+    "norm_and_embedding": _norm_and_embedding_names,
+    "1d": _timm_undecayed_names,
+    "nothing": lambda model: set(),
+}
 
 
 def _backbone_layers(model: nn.Module) -> tuple[dict[str, int], int]:

@@ -66,6 +66,9 @@ class TemporalActionDetection(VideoModule):
         loss: Weights and rules of the losses.
         post_processing: Suppression of repeated detections.
         clip_to_video: Cut detections at the ends of their video.
+        padding: Pixel value, 0..255, of the frames of a clip behind the end of its video.
+        eval_padding: The same in evaluation; None is `padding`. For THUMOS14, the official code of AFSD trains with 0
+            and tests with 127.5; for ActivityNet-1.3 both are 127.5.
         evaluator: The official program whose rules the mean AP follows.
         tious: Thresholds of the temporal IoU.
         optim: Optimizer, schedule and clipping.
@@ -104,6 +107,8 @@ class TemporalActionDetection(VideoModule):
         loss: AFSDLossConfig | None = None,
         post_processing: PostProcessingConfig | None = None,
         clip_to_video: bool = False,
+        padding: float = 0.0,
+        eval_padding: float | None = None,
         evaluator: EvaluatorName = "afsd",
         tious: list[float] | None = None,
         optim: OptimConfig | None = None,
@@ -112,6 +117,9 @@ class TemporalActionDetection(VideoModule):
         arguments = dict(locals())
         expect("model.num_classes", num_classes, num_classes > 0, "at least 1")
         expect("model.num_levels", num_levels, num_levels >= 2, "at least 2")
+        for name in ("padding", "eval_padding"):
+            value = arguments[name]
+            expect(f"model.{name}", value, value is None or 0 <= value <= 255, "a pixel value between 0 and 255")
         super().__init__(optim, ema_decay)
         self.remember_hyperparameters(arguments)
         if class_scores and not class_agnostic:
@@ -149,7 +157,9 @@ class TemporalActionDetection(VideoModule):
             small_init=small_init,
         )
         self.network = AFSDNetwork(features, head, read, frames_per_feature or 1)
-        self.video_labels = VideoLabels.read(Path(class_scores)) if class_scores else None
+        self.class_scores = class_scores
+        self.video_labels: VideoLabels | None = None
+        self.padding = (padding, padding if eval_padding is None else eval_padding)
         self.in_chans = (backbone_options or {}).get("in_chans", 3)
         self._durations: dict[str, float] = {}
         self._evaluated_stage: str | None = None
@@ -171,12 +181,13 @@ class TemporalActionDetection(VideoModule):
             return
         fits = data.num_classes == self.num_classes
         expect("model.num_classes", self.num_classes, fits, f"the data's {data.num_classes}")
-        if self.class_agnostic and self.num_classes > 1 and self.video_labels is None:
+        if self.class_agnostic and self.num_classes > 1 and self.class_scores is None:
             raise UserError(
                 "model.class_scores: with class_agnostic it must name a file that tells which of the data's "
                 f"{self.num_classes} classes a video shows"
             )
-        if self.video_labels is not None:
+        if self.class_scores is not None:
+            self.video_labels = VideoLabels.read(Path(self.class_scores))
             self.video_labels.arrange(data.class_names)
         for metric in self.metrics.values():
             metric.class_names = list(data.class_names)  # type: ignore[assignment]
@@ -185,10 +196,10 @@ class TemporalActionDetection(VideoModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """All losses of AFSD on one batch; the triplet loss on those clips that could be spliced."""
-        name = _input_name(batch)
-        valid = batch.get("triplet_valid")
-        spliced = None if valid is None or not valid.any() else batch[f"triplet_{name}"][valid]
-        output, boundaries = self.network(batch[name], spliced)
+        inputs, spliced, valid = self._inputs(batch, self.padding[0]), None, batch.get("triplet_valid")
+        if valid is not None and valid.any():
+            spliced = batch[f"triplet_{_input_name(batch)}"][valid]
+        output, boundaries = self.network(inputs, spliced)
         with torch.autocast(self.device.type, enabled=False):
             labels = [torch.zeros_like(x) if self.class_agnostic else x for x in batch["labels"]]
             losses = detection_losses(output, batch["segments"], labels, self.loss)
@@ -204,6 +215,17 @@ class TemporalActionDetection(VideoModule):
             self.log(f"train/loss_{term}", value, batch_size=len(batch["id"]))
         return total
 
+    def _inputs(self, batch: dict[str, Any], padding: float) -> Tensor:
+        """The clips or features of a batch; frames behind the end of a video, zeros in the data, become `padding`."""
+        inputs: Tensor = batch[_input_name(batch)]
+        lengths = batch["valid"]
+        if "clip" not in batch or not padding or min(lengths) >= inputs.shape[2]:
+            return inputs
+        inputs = inputs.float()
+        for clip, length in zip(inputs, lengths, strict=True):
+            clip[:, length:] = padding
+        return inputs
+
     # -- evaluation -----------------------------------------------------------------------------------------------
 
     def detections(self, batch: dict[str, Any]) -> Iterator[tuple[str, float, dict[str, np.ndarray]]]:
@@ -211,7 +233,7 @@ class TemporalActionDetection(VideoModule):
         if not batch["id"]:
             return
         with torch.autocast(self.device.type, enabled=False):
-            output: AFSDOutput = self.network(batch[_input_name(batch)])[0]
+            output: AFSDOutput = self.network(self._inputs(batch, self.padding[1]))[0]
             segments, scores = (x.double().cpu().numpy() for x in decode(output))
         for i, id in enumerate(batch["id"]):
             offset, fps = float(batch["offset"][i]), float(batch["fps"][i])

@@ -61,6 +61,12 @@ def test_1d_is_the_convention_of_timm():
     assert settings(backbone, parameter_groups(backbone, 1.0, 0.05, no_decay="1d")) == theirs
 
 
+def test_nothing_is_spared():
+    network = Network()
+    found = settings(network, parameter_groups(network, 1.0, 0.05, no_decay="nothing"))
+    assert {decay for _, decay in found.values()} == {0.05}
+
+
 def test_the_longest_prefix_counts_and_ends_at_a_dot():
     network = Network()
     network.head2 = nn.Linear(2, 2)
@@ -281,7 +287,7 @@ def test_optimizers_come_from_timm_with_their_settings():
     [
         ({"optimizer": "adamv"}, "optimizer: 'adamv' is not an optimizer of timm; did you mean adam"),
         ({"schedule": "linear"}, "schedule: 'linear' was given, one of poly, cosine, multistep, constant"),
-        ({"no_decay": "none"}, "no_decay: 'none' was given, one of norm_and_embedding, 1d"),
+        ({"no_decay": "none"}, "no_decay: 'none' was given, one of norm_and_embedding, 1d, nothing"),
         ({"lr": -1.0}, "lr: -1.0 was given, a positive number"),
         ({"lr": float("nan")}, "lr: nan was given"),
         ({"weight_decay": -0.1}, "weight_decay: -0.1 was given"),

@@ -49,7 +49,7 @@ def batch_for(features=False, valid=(True, False)):
     masks = torch.zeros(2, 16)
     masks[:, 3:6] = 1
     return {
-        "id": ["a", "b"], name: inputs, "offset": [0, 8], "fps": [10.0, 5.0], "duration": [2.0, 4.0],
+        "id": ["a", "b"], name: inputs, "offset": [0, 8], "fps": [10.0, 5.0], "duration": [2.0, 4.0], "valid": [16, 12],
         "segments": [torch.tensor([[2.0, 14]]), torch.zeros(0, 2)],
         "labels": [torch.tensor([1]), torch.zeros(0, dtype=torch.long)],
         "start_mask": masks, "end_mask": masks.flip(1),
@@ -114,6 +114,25 @@ def test_detections_are_in_seconds():
     assert list(module.detections({"id": []})) == []
 
 
+def test_frames_behind_the_end_of_a_video(monkeypatch):
+    """The pixels that the backbone sees: the second clip has 12 frames."""
+    batch = batch_for(valid=(False, False))
+    for options, expected in (
+        ({}, (-1, -1)),
+        ({"padding": 127.5}, (0, 0)),
+        ({"eval_padding": 255.0}, (-1, 1)),
+    ):
+        module, seen = module_for(**options), []
+        module.network.backbone.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
+        batch["clip"][1, :, 12:] = 0
+        with torch.no_grad():
+            module.training_step(batch, 0)
+            list(module.detections(batch))
+        assert tuple(clips[1, :, 12:].unique().item() for clips in seen) == expected
+        for clips in seen:
+            assert torch.equal(clips[0], batch["clip"][0] / 127.5 - 1)
+
+
 def test_evaluation_and_predictions():
     module, batch = module_for().eval(), batch_for()
     module.setup("validate")
@@ -175,6 +194,7 @@ def test_wrong_class_scores(tmp_path, content, message):
         ({"backbone_options": {"widht": 1}}, "model.backbone_options: 'stpt' cannot be made"),
         ({"dim": 96}, "model.dim=96"),
         ({"num_classes": 0}, "model.num_classes"),
+        ({"padding": 256}, "model.padding: 256"),
         ({"class_scores": "x.json"}, "expected class_agnostic too"),
         ({"loss": {"level_ranges": [(0, 1)]}}, "model.loss.level_ranges"),
         ({"post_processing": {"sigma": -1}}, "sigma"),
