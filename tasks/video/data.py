@@ -127,6 +127,10 @@ class MovingDigits(THUMOS14):
         self.num_train = num_train
         self.num_val = num_val
 
+    @property
+    def _classes(self) -> dict[str, int]:  # known before the files are written
+        return {name: index for index, name in enumerate(sample.CLASS_NAMES, start=1)}
+
     def prepare_data(self) -> None:
         """Write the sample unless it is there already."""
         write_folder_once(Path(self.root), lambda folder: sample.write_sample(folder, self.num_train, self.num_val))
