@@ -12,7 +12,13 @@ from backbones.features import create_features
 from backbones.i3d import I3DFeatures
 from backbones.stpt import STPTFeatures
 
+Maps = Literal["both", "coarse"]
 VIDEO_BACKBONES: dict[str, type[nn.Module]] = {"stpt": STPTFeatures, "i3d": I3DFeatures}
+# The option that names the maps of a network, and the two maps.
+MAP_OPTIONS: dict[str, tuple[str, tuple[Any, Any]]] = {
+    "stpt": ("out_indices", (2, 3)),
+    "i3d": ("taps", ("Mixed_4f", "Mixed_5c")),
+}
 FRAME_STRIDES = ((4, 16), (8, 32))  # along time, and along height and width
 
 
@@ -22,23 +28,27 @@ def create_video_features(
     pretrained: bool = False,
     norm: Literal["batch", "frozen"] = "batch",
     drop_path_rate: float | None = None,
+    maps: Maps = "both",
     frames_per_pass: int = 32,
     **kwargs: Any,
 ) -> nn.Module:
     """Create a backbone whose forward maps a normalised clip (B, 3, T, H, W) to two maps (B, C, T / s_t, H / s, W / s).
 
-    Their strides (s_t, s, s) are (4, 16, 16) and (8, 32, 32); sizes that they do not divide are rounded up. The module
-    has ``channels`` and ``strides``. ``name`` is ``stpt``, ``i3d`` or any model that `create_features` takes, which
-    then sees every fourth frame (`FrameFeatures`), ``frames_per_pass`` at a time. ``norm="frozen"`` makes every batch
-    normalisation a fixed affine map. ``kwargs`` are the network's own, e.g. ``in_chans``.
+    Their strides (s_t, s, s) are (4, 16, 16) and (8, 32, 32); sizes that they do not divide are rounded up. With
+    ``maps="coarse"`` there is the second alone. The module has ``channels`` and ``strides``. ``name`` is ``stpt``,
+    ``i3d`` or any model that `create_features` takes, which then sees every fourth frame (`FrameFeatures`),
+    ``frames_per_pass`` at a time. ``norm="frozen"`` makes every batch normalisation a fixed affine map. ``kwargs`` are
+    the network's own, e.g. ``in_chans``.
 
     Raises ValueError for an unknown name or option and RuntimeError where ``pretrained`` finds no weights.
     """
     if norm not in ("batch", "frozen"):
         raise ValueError(f"norm={norm!r}: expected 'batch' or 'frozen'")
+    if maps not in ("both", "coarse"):
+        raise ValueError(f"maps={maps!r}: expected 'both' or 'coarse'")
     if name not in VIDEO_BACKBONES:
         features = create_features(name, pretrained=pretrained, norm=norm, drop_path_rate=drop_path_rate, **kwargs)
-        return FrameFeatures(features, frames_per_pass)
+        return FrameFeatures(features, frames_per_pass, maps)
     if pretrained:
         raise RuntimeError(
             f"there are no weights of {name!r} to download; set pretrained to false and name the file of released or "
@@ -48,7 +58,8 @@ def create_video_features(
         if name == "i3d":
             raise ValueError("drop_path_rate: i3d has no residual paths to drop")
         kwargs["drop_path_rate"] = drop_path_rate
-    network = VIDEO_BACKBONES[name](**kwargs)
+    option, names = MAP_OPTIONS[name]
+    network = VIDEO_BACKBONES[name](**{option: names if maps == "both" else names[1:], **kwargs})
     return freeze_batch_norm_3d(network) if norm == "frozen" else network
 
 
@@ -62,32 +73,32 @@ class FrameFeatures(nn.Module):
     Args:
         features: A module with ``strides`` 16 and 32 among them, as `create_features` makes.
         frames_per_pass: Images at a time.
+        maps: Both maps, or the ``coarse`` one alone.
     """
 
-    def __init__(self, features: Any, frames_per_pass: int = 32) -> None:
+    def __init__(self, features: Any, frames_per_pass: int = 32, maps: Maps = "both") -> None:
         super().__init__()
         if frames_per_pass < 1:
             raise ValueError(f"frames_per_pass={frames_per_pass}: expected at least 1")
         self.features = features
         self.frames_per_pass = frames_per_pass
-        self.levels = [features.strides.index(stride) for _, stride in FRAME_STRIDES]
+        wanted = FRAME_STRIDES if maps == "both" else FRAME_STRIDES[1:]
+        self.levels = [features.strides.index(stride) for _, stride in wanted]
         for level in set(range(len(features.strides))).difference(self.levels):
             if hasattr(features, f"norm{level}"):  # of a map that nobody reads: parameters without gradient
                 setattr(features, f"norm{level}", nn.Identity())
         self.channels: list[int] = [features.channels[level] for level in self.levels]
-        self.strides = [(time, stride, stride) for time, stride in FRAME_STRIDES]
+        self.strides = [(time, stride, stride) for time, stride in wanted]
 
     def forward(self, clip: Tensor) -> list[Tensor]:
-        """Map a clip (B, 3, T, H, W) to two maps (B, C_i, T / s_t, H / s, W / s), lengths rounded up."""
+        """Map a clip (B, 3, T, H, W) to its maps (B, C_i, T / s_t, H / s, W / s), lengths rounded up."""
         batch, _, length = clip.shape[:3]
         step = FRAME_STRIDES[0][0]
         seen = torch.arange(-(-length // step), device=clip.device) * step + step // 2
         frames = clip.index_select(2, seen.clamp(max=length - 1)).transpose(1, 2).flatten(0, 1)  # (B * T / 4, 3, H, W)
         passes = [self._pass(part) for part in frames.split(self.frames_per_pass)]
-        fine, coarse = (
-            torch.cat(parts).unflatten(0, (batch, -1)).transpose(1, 2) for parts in zip(*passes, strict=True)
-        )
-        return [fine, _mean_of_pairs(coarse)]
+        maps = [torch.cat(parts).unflatten(0, (batch, -1)).transpose(1, 2) for parts in zip(*passes, strict=True)]
+        return [*maps[:-1], _mean_of_pairs(maps[-1])]
 
     def _pass(self, frames: Tensor) -> Sequence[Tensor]:
         if torch.is_grad_enabled():

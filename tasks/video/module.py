@@ -140,23 +140,20 @@ class TemporalActionDetection(VideoModule):
         features: Any = None
         if feature_dim is None:
             features = _backbone(
-                backbone, backbone_norm, pretrained and not weights, drop_path_rate, backbone_options or {}
+                backbone, backbone_norm, pretrained and not weights, drop_path_rate, maps, backbone_options or {}
             )
             if grad_checkpointing and hasattr(features, "set_grad_checkpointing"):
                 features.set_grad_checkpointing(True)
-        read = [0] if feature_dim is not None else [1] if maps == "coarse" else [0, 1]
         head = _head(
-            [feature_dim] if feature_dim is not None else [features.channels[i] for i in read],
-            [None]
-            if feature_dim is not None
-            else [math.ceil((image_size or 96) / features.strides[i][1]) for i in read],
+            features.channels if feature_dim is None else [feature_dim],
+            [None] if feature_dim is not None else [math.ceil((image_size or 96) / s) for _, s, _ in features.strides],
             num_classes=1 if class_agnostic else num_classes,
             dim=dim,
             num_levels=num_levels,
             scale_by_level=scale_by_level,
             small_init=small_init,
         )
-        self.network = AFSDNetwork(features, head, read, frames_per_feature or 1)
+        self.network = AFSDNetwork(features, head, frames_per_feature or 1)
         self.class_scores = class_scores
         self.video_labels: VideoLabels | None = None
         self.padding = (padding, padding if eval_padding is None else eval_padding)
@@ -308,9 +305,13 @@ def _input_name(batch: Mapping[str, Any]) -> str:
     return "clip" if "clip" in batch else "features"
 
 
-def _backbone(name: str, norm: Any, pretrained: bool, drop_path_rate: float | None, options: dict[str, Any]) -> Any:
+def _backbone(
+    name: str, norm: Any, pretrained: bool, drop_path_rate: float | None, maps: Any, options: dict[str, Any]
+) -> Any:
     try:
-        return create_video_features(name, pretrained=pretrained, norm=norm, drop_path_rate=drop_path_rate, **options)
+        return create_video_features(
+            name, pretrained=pretrained, norm=norm, drop_path_rate=drop_path_rate, maps=maps, **options
+        )
     except TypeError as error:
         raise UserError(f"model.backbone_options: {name!r} cannot be made: {error}") from error
     except (ValueError, RuntimeError) as error:  # says what is wrong with the name, or that no weights were found

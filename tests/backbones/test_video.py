@@ -67,6 +67,17 @@ def test_every_parameter_and_pixel_receives_a_gradient(name):
 
 
 @every
+def test_the_coarse_map_alone(name):
+    model, both = features(name, maps="coarse").train(), features(name)
+    assert (model.channels, model.strides) == (both.channels[1:], both.strides[1:])
+    (coarse,) = model.eval()(clip(9, 40, 40))
+    both.load_state_dict(model.state_dict(), strict=False)
+    torch.testing.assert_close(both.eval()(clip(9, 40, 40))[1], coarse)
+    coarse.square().sum().backward()
+    assert [key for key, p in model.named_parameters() if p.grad is None] == []
+
+
+@every
 def test_clips_do_not_influence_each_other(name):
     model, pixels = features(name).double().eval(), clip(9, 40, 40).double()
     with torch.no_grad():
@@ -79,6 +90,7 @@ def test_clips_do_not_influence_each_other(name):
     [
         ("stpd", {}, "unknown backbone 'stpd'"),
         ("stpt", {"norm": "none"}, "norm='none'"),
+        ("i3d", {"maps": "fine"}, "maps='fine'"),
         ("i3d", {"drop_path_rate": 0.1}, "no residual paths"),
         ("i3d", {"taps": ["Mixed_4e"]}, "taps"),
         ("stpt", {"depths": (1, 1)}, "depths has 2 values"),

@@ -72,7 +72,7 @@ def test_all_promised_configurations_exist():
 
 
 def test_every_configuration_belongs_to_a_task():
-    assert {config.task for config in find_configs(CONFIGS, PACKAGE)} == {"classification", "segmentation"}
+    assert {config.task for config in find_configs(CONFIGS, PACKAGE)} == {"classification", "segmentation", "video"}
 
 
 @pytest.mark.parametrize("name", LISTED)

@@ -159,7 +159,7 @@ def test_pixels_are_normalised():
             return [clips.new_zeros(1, 4, 2, 1, 1)]
 
     eye = Eye()
-    AFSDNetwork(eye, AFSDHead([4], 1, sides=[1], dim=64), maps=[0])(torch.tensor([0, 255]).byte().view(1, 1, 2, 1, 1))
+    AFSDNetwork(eye, AFSDHead([4], 1, sides=[1], dim=64))(torch.tensor([0, 255]).byte().view(1, 1, 2, 1, 1))
     assert eye.seen.flatten().tolist() == [-1, 1]
 
 

@@ -12,10 +12,9 @@ class AFSDNetwork(nn.Module):
     """Predict segments and their classes for clips.
 
     Args:
-        backbone: Maps normalised clips (B, C, T, H, W) to the maps that `head` reads, and has ``strides``; None where
-            the input is a sequence of features.
+        backbone: Maps normalised clips (B, C, T, H, W) to the maps that `head` reads; None where the input is a
+            sequence of features.
         head: Makes the predictions.
-        maps: Numbers of the backbone's maps that the head reads.
         frames_per_feature: Frames per step of a sequence of features.
     """
 
@@ -23,13 +22,11 @@ class AFSDNetwork(nn.Module):
         self,
         backbone: nn.Module | None,
         head: AFSDHead,
-        maps: Sequence[int] = (0, 1),
         frames_per_feature: int = 1,
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = head
-        self.maps = list(maps)
         self.frames_per_feature = frames_per_feature
 
     def forward(self, clips: Tensor, spliced: Tensor | None = None) -> tuple[AFSDOutput, BoundaryFeatures | None]:
@@ -49,5 +46,4 @@ class AFSDNetwork(nn.Module):
         if self.backbone is None:
             return [clips], clips.shape[2] * self.frames_per_feature
         weight = next(self.head.parameters())
-        maps = self.backbone(clips.to(weight.dtype) / 127.5 - 1)
-        return [maps[i] for i in self.maps], clips.shape[2]
+        return self.backbone(clips.to(weight.dtype) / 127.5 - 1), clips.shape[2]
