@@ -31,7 +31,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command; 0, or 2 and one line on stderr for files or options that cannot be used."""
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     try:
         result = _evaluated(options)
         errors = false_positives(result)
@@ -51,7 +51,8 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """The options of the command."""
     parser = _Parser(prog="python -m tasks.video evaluate", description=__doc__, allow_abbrev=False)
     parser.add_argument("--ground-truth", type=Path, required=True, help="json file with 'database'")
     parser.add_argument("--predictions", type=Path, required=True, help="json file with 'results'")
