@@ -165,7 +165,8 @@ def call_cli(task, args, capture):
         from tasks.classification.data import ClassificationDataModule as DataModule
         from tasks.classification.module import Classification as Module
     elif task == "video":
-        from tasks.video.data import VideoDataModule as DataModule
+        from tasks.video import clips, data  # noqa: F401
+        from tasks.video.datamodule import VideoDataModule as DataModule
         from tasks.video.module import VideoModule as Module
     else:
         from tasks.segmentation.data import SegmentationDataModule as DataModule

@@ -9,7 +9,8 @@ if __name__ == "__main__":
         sys.exit(evaluate(sys.argv[2:]))
 
     from tasks.core.cli import main
-    from tasks.video.data import VideoDataModule
+    from tasks.video import clips, data  # noqa: F401  # their classes are the short names of `data`
+    from tasks.video.datamodule import VideoDataModule
     from tasks.video.module import VideoModule
 
     main(VideoModule, VideoDataModule)

@@ -16,7 +16,7 @@ from tasks.core.data import DataError
 from tasks.video.annotations import Video
 
 if TYPE_CHECKING:
-    from tasks.video.datamodule import VideoDataModule
+    from tasks.video.datamodule import DetectionDataModule
 
 LENGTHS = (1, 2, 5, 10, 30, 60, 120)  # seconds; edges of the histogram of durations
 TOLERANCE = 0.5  # seconds that an annotation may exceed its video by
@@ -55,7 +55,7 @@ class CheckResult(Findings):
     splits: dict[str, SplitSummary] = field(default_factory=dict)
 
 
-def check_dataset(datamodule: VideoDataModule) -> CheckResult:
+def check_dataset(datamodule: DetectionDataModule) -> CheckResult:
     """Decode every video of `datamodule` and collect all problems, including videos in two splits."""
     result = CheckResult()
     try:

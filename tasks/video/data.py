@@ -28,7 +28,7 @@ from tasks.video.annotations import (
     read_thumos_split,
     subsets_of,
 )
-from tasks.video.datamodule import VideoDataModule, inside
+from tasks.video.datamodule import DetectionDataModule, inside
 from tasks.video.decoding import Sampling
 from tasks.video.windows import Window
 
@@ -36,7 +36,7 @@ VAL_FRACTION = 0.2
 SUBSETS = {"train": ("train", "training"), "val": ("val", "validation"), "test": ("test", "testing")}
 
 
-class THUMOS14(VideoDataModule):
+class THUMOS14(DetectionDataModule):
     """THUMOS14: 20 classes, trained on the 200 validation videos, evaluated on test videos.
 
     The csv files are those of AFSD's repository; ``_Annotation.csv``, with ambiguous instances, is read where there is
@@ -136,7 +136,7 @@ class MovingDigits(THUMOS14):
         write_folder_once(Path(self.root), lambda folder: sample.write_sample(folder, self.num_train, self.num_val))
 
 
-class ActivityNet(VideoDataModule):
+class ActivityNet(DetectionDataModule):
     """ActivityNet 1.3: 200 classes, 10,024 training and 4,926 validation videos, many of which are gone.
 
     A video is one window: `clip_length` of its frames, evenly spaced, or all if it has fewer. Videos without a file are
@@ -207,7 +207,7 @@ root/videos/v_sJFgo9H6zNo.mp4"""
         return [0]
 
 
-class VideoFolder(VideoDataModule):
+class VideoFolder(DetectionDataModule):
     """Your own videos, annotated by a json file in ActivityNet's layout.
 
     ``subset`` is ``train`` (or ``training``), ``val`` (``validation``) or ``test`` (``testing``; optional, else `test`

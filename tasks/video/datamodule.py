@@ -14,7 +14,7 @@ import numpy as np
 from tasks.core.check import read_all
 from tasks.core.data import DataError
 from tasks.core.errors import expect
-from tasks.core.splits import Listing, SplitDataModule
+from tasks.core.splits import Listing, Samples, SplitDataModule
 from tasks.video.annotations import Video, instance_table
 from tasks.video.datasets import Clips, EvaluationWindows, Source, TrainingWindow, TrainWindows, collate_windows
 from tasks.video.decoding import VIDEO_SUFFIXES, Decoded, Sampling, decode_to_file, decoded_before
@@ -32,27 +32,70 @@ class _Opened:
     problem: str | None = None
 
 
-class VideoDataModule(SplitDataModule[list[Video]]):
-    """Base of the datamodules of videos. The defaults are those of AFSD for THUMOS14.
+class VideoDataModule(SplitDataModule[Samples]):
+    """Base of all datamodules of this task: which frames of a video are kept, and which part of them.
 
     Args:
         root: The data set.
         videos: What `predict` reads: a folder, a file or a glob pattern; without it, the validation videos.
+        sample_fps: Frames per second that are kept of a video.
+        frame_size: Height and width in pixels to which frames are resized.
+        crop_size: Height and width of the random (training) or central crop.
+        clip_length: Frames of the input.
+        flip: Mirror half of the training clips.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        videos: str | None = None,
+        batch_size: int = 1,
+        eval_batch_size: int = 1,
+        num_workers: int = 2,
+        seed: int = 0,
+        pin_memory: bool = True,
+        sample_fps: float = 10.0,
+        frame_size: int = 112,
+        crop_size: int = 96,
+        clip_length: int = 256,
+        flip: bool = True,
+    ) -> None:
+        super().__init__(root, batch_size, eval_batch_size, num_workers, seed, pin_memory)
+        expect("data.sample_fps", sample_fps, sample_fps > 0, "a rate above 0")
+        expect("data.crop_size", crop_size, 1 <= crop_size <= frame_size, f"1 to {frame_size} pixels, the frame_size")
+        expect("data.clip_length", clip_length, clip_length >= 1, "at least 1 frame")
+        self.videos = videos
+        self.sampling = Sampling(fps=sample_fps, size=frame_size)
+        self.crop_size = crop_size
+        self.clip_length = clip_length
+        self.flip = flip
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the K classes, by label."""
+        raise NotImplementedError
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes K, without background."""
+        return len(self.class_names)
+
+
+class DetectionDataModule(VideoDataModule[list[Video]]):
+    """Base of the datamodules of temporal action detection. The defaults are those of AFSD for THUMOS14.
+
+    Args:
         frames: Folder of frames that were sampled before, `sample_fps` per second: an array ``<video>.npy`` or a folder
             of images per video. Without it, videos are decoded once.
         features: Folder of features ``<video>.npy``, float32 (steps, channels), instead of frames.
         cache: Where decoded frames are kept; by default ``decoded`` in the root.
-        sample_fps: Frames per second that are kept of a video.
-        frame_size: Height and width in pixels to which frames are resized.
-        crop_size: Height and width of the random (training) or central crop.
-        clip_length: Frames of a window.
         clip_stride: Frames between training windows.
         eval_stride: Frames between evaluation windows.
-        flip: Mirror half of the training windows.
         splice: Make the spliced clips of the consistency loss.
         feature_stride: Frames of the original video from one feature to the next.
         feature_window: Frames of the original video that a feature was computed from.
         feature_fps: Frames per second of the videos that features were computed from, where the annotations do not say.
+        kwargs: Options of `VideoDataModule`.
     """
 
     sample_command = "python -m tasks.video fit -c configs/sample/stpt.yaml"
@@ -64,53 +107,37 @@ class VideoDataModule(SplitDataModule[list[Video]]):
     def __init__(
         self,
         root: str,
-        videos: str | None = None,
         frames: str | None = None,
         features: str | None = None,
         cache: str | None = None,
-        batch_size: int = 1,
-        eval_batch_size: int = 1,
-        num_workers: int = 2,
-        seed: int = 0,
-        pin_memory: bool = True,
-        sample_fps: float = 10.0,
-        frame_size: int = 112,
-        crop_size: int = 96,
-        clip_length: int = 256,
         clip_stride: int = 30,
         eval_stride: int = 128,
-        flip: bool = True,
         splice: bool = True,
         feature_stride: int = 4,
         feature_window: int = 16,
         feature_fps: float | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(root, batch_size, eval_batch_size, num_workers, seed, pin_memory)
-        expect("data.sample_fps", sample_fps, sample_fps > 0, "a rate above 0")
-        expect("data.crop_size", crop_size, 1 <= crop_size <= frame_size, f"1 to {frame_size} pixels, the frame_size")
+        super().__init__(root=root, **kwargs)
         for name, value in (
-            ("clip_length", clip_length),
             ("clip_stride", clip_stride),
             ("eval_stride", eval_stride),
             ("feature_stride", feature_stride),
             ("feature_window", feature_window),
         ):
             expect(f"data.{name}", value, value >= 1, "at least 1 frame")
-            if features is not None and name in ("clip_length", "clip_stride", "eval_stride"):
+        if features is not None:
+            strides = {"clip_length": self.clip_length, "clip_stride": clip_stride, "eval_stride": eval_stride}
+            for name, value in strides.items():
                 multiple = value % feature_stride == 0
                 expect(f"data.{name}", value, multiple, f"a multiple of feature_stride ({feature_stride} frames)")
-        if features is not None and frames is not None:
-            raise DataError("frames and features were both given; expected one of them")
-        self.videos = videos
+            if frames is not None:
+                raise DataError("frames and features were both given; expected one of them")
         self.frames = frames
         self.features = features
         self.cache = cache
-        self.sampling = Sampling(fps=sample_fps, size=frame_size)
-        self.crop_size = crop_size
-        self.clip_length = clip_length
         self.clip_stride = clip_stride
         self.eval_stride = eval_stride
-        self.flip = flip
         self.splice = splice
         self.feature_stride = feature_stride
         self.feature_window = feature_window
@@ -118,11 +145,6 @@ class VideoDataModule(SplitDataModule[list[Video]]):
         self._sources: dict[str, Source] = {}
 
     # -- what a data set adds -----------------------------------------------------------------------------------------
-
-    @property
-    def class_names(self) -> list[str]:
-        """Names of the K classes, by label."""
-        raise NotImplementedError
 
     def read_annotations(self, split: str) -> Listing[list[Video]]:
         """The videos and instances of "train" or "val"."""
@@ -133,11 +155,6 @@ class VideoDataModule(SplitDataModule[list[Video]]):
         return video.fps or self.sampling.fps
 
     # -- for the model ------------------------------------------------------------------------------------------------
-
-    @property
-    def num_classes(self) -> int:
-        """Number of classes K, without background."""
-        return len(self.class_names)
 
     @property
     def frames_per_feature(self) -> int:

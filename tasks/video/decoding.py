@@ -118,8 +118,8 @@ def probe(path: Path) -> VideoInfo:
         return VideoInfo(fps, stream.frames or round(duration * fps), duration)
 
 
-def decode(path: Path, sampling: Sampling) -> Iterator[NDArray[np.uint8]]:
-    """The kept frames (size, size, 3) of a video, RGB, one at a time.
+def decode(path: Path, sampling: Sampling, first: int = 0, last: int | None = None) -> Iterator[NDArray[np.uint8]]:
+    """The kept frames (size, size, 3) of a video, RGB, one at a time; of these, `first` .. `last` - 1.
 
     A counter grows by one per frame; when it reaches the native rate over the kept one, the frame is kept and the
     counter is lowered by as much. AFSD's frames were made so: the k-th kept frame is the last of the k-th interval.
@@ -129,15 +129,19 @@ def decode(path: Path, sampling: Sampling) -> Iterator[NDArray[np.uint8]]:
     """
     info = probe(path)
     increment, step = sampling.counter(info.fps, info.num_frames)
-    counter, count = 0.0, 0
+    counter, count, kept = 0.0, 0, 0
     with opened(path) as (container, stream):
         for frame in container.decode(stream):
             count += 1
             counter += increment
             if counter >= step:
                 counter -= step
-                image = frame.to_image()
-                yield np.asarray(image.resize((sampling.size, sampling.size), Image.Resampling.BICUBIC))
+                if kept >= first:
+                    image = frame.to_image()
+                    yield np.asarray(image.resize((sampling.size, sampling.size), Image.Resampling.BICUBIC))
+                kept += 1
+                if kept == last:
+                    return
     if count < COMPLETE * info.num_frames:
         raise DataError(f"{path}: ends after {count} of {info.num_frames} frames; the file is damaged or cut off")
 

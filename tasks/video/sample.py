@@ -27,6 +27,7 @@ FPS = 20  # of the files; every other frame is sampled
 SAMPLE_FPS = 10
 SECONDS = 30
 FRAME_SIZE = 32
+CLIP_TENTHS = 32
 ENCODER = "mpeg4"  # part of FFmpeg itself, and so of every build
 BIT_RATE = 300_000
 
@@ -140,3 +141,17 @@ def encode(frames: Iterator[NDArray[np.uint8]], path: Path) -> None:
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
+
+
+def write_clips(root: str | Path, num_train: int = 80, num_val: int = 20, seed: int = 0) -> None:
+    """Write `num_train` and `num_val` clips per class, each of one motion, in folders named like the classes."""
+    root = Path(root)
+    for split, count in (("train", num_train), ("val", num_val)):
+        digits, _ = digit_images(split)
+        title = f"Writing sample clips ({split})"
+        numbers = [(label, number) for label in range(len(CLASS_NAMES)) for number in range(count)]
+        for label, number in track(numbers, title, console=Console(stderr=True), transient=True):
+            generator = np.random.default_rng((seed, 2 + (split == "val"), label, number))
+            digit = digits[int(generator.integers(len(digits)))]
+            frames = draw_video(generator, digit, [Action(label, 0, CLIP_TENTHS)], CLIP_TENTHS * FPS // 10)
+            encode(frames, root / split / CLASS_NAMES[label] / f"{number:04d}.mp4")
