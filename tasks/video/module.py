@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from backbones.video_features import create_video_features
 from tasks.core.errors import UserError, expect
 from tasks.core.evaluation import all_gather
-from tasks.core.module import TaskModule
 from tasks.core.optim import OptimConfig
 from tasks.core.report import ReportParts
 from tasks.video.afsd.decoding import decode
 from tasks.video.afsd.head import AFSDHead, AFSDOutput
 from tasks.video.afsd.losses import AFSDLossConfig, boundary_losses, detection_losses, total_loss, triplet_loss
 from tasks.video.afsd.network import AFSDNetwork
+from tasks.video.base import VideoModule
+from tasks.video.classification import VideoClassification
 from tasks.video.evaluators import THUMOS14_TIOUS, EvaluatorName
 from tasks.video.metrics import TemporalDetectionMetric
 from tasks.video.post_processing import PostProcessingConfig, Record, clip_to_video, label_by_video, suppress
@@ -30,11 +31,7 @@ from tasks.video.predictions import action_csv, action_srt, activitynet_json, me
 from tasks.video.video_labels import VideoLabels
 from tasks.video.weights import load_weights
 
-
-class VideoModule(TaskModule):
-    """Base of the modules of this task."""
-
-    task = "video"
+__all__ = ["TemporalActionDetection", "VideoClassification", "VideoModule"]
 
 
 class TemporalActionDetection(VideoModule):
@@ -77,7 +74,7 @@ class TemporalActionDetection(VideoModule):
 
     monitor = "val/mAP"
     from_data: ClassVar[Mapping[str, str]] = {
-        **TaskModule.from_data,
+        **VideoModule.from_data,
         "crop_size": "image_size",
         "feature_dim": "feature_dim",
         "frames_per_feature": "frames_per_feature",

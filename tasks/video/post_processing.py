@@ -156,7 +156,9 @@ def _suppress_group(
     return chosen[order], values[order]
 
 
-def label_by_video(record: Record, class_scores: Sequence[float] | np.ndarray, classes: int = 1) -> dict[str, np.ndarray]:
+def label_by_video(
+    record: Record, class_scores: Sequence[float] | np.ndarray, classes: int = 1
+) -> dict[str, np.ndarray]:
     """Give detections without classes those of a video classifier, as on ActivityNet-1.3.
 
     `class_scores` are probabilities of all classes for the video. Each detection is repeated for the `classes` most
