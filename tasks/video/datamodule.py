@@ -80,6 +80,16 @@ class VideoDataModule(SplitDataModule[Samples]):
         """Number of classes K, without background."""
         return len(self.class_names)
 
+    @property
+    def frames_per_feature(self) -> int:
+        """Frames from one step of the input to the next."""
+        return 1
+
+    @property
+    def feature_dim(self) -> int | None:
+        """Channels of features; None where the input is frames."""
+        return None
+
 
 class DetectionDataModule(VideoDataModule[list[Video]]):
     """Base of the datamodules of temporal action detection. The defaults are those of AFSD for THUMOS14.

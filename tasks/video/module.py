@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -73,12 +73,6 @@ class TemporalActionDetection(VideoModule):
     """
 
     monitor = "val/mAP"
-    from_data: ClassVar[Mapping[str, str]] = {
-        **VideoModule.from_data,
-        "crop_size": "image_size",
-        "feature_dim": "feature_dim",
-        "frames_per_feature": "frames_per_feature",
-    }
     network: AFSDNetwork
 
     def __init__(
