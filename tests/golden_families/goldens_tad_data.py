@@ -38,7 +38,7 @@ def run(meta, tensors, path):
     elif isinstance(meta, list) and meta and "annos" in meta[0]:
         for case in meta:
             check_splice(case)
-    elif (compact := compact_files(path)) is not None and path in compact.values():
+    elif (compact := compact_files(meta, path)) is not None:
         check_compact(compact)
     else:
         return None
@@ -79,19 +79,30 @@ def check_result(name, expected, ground_truth, predictions, tious, blocked, meta
 # -- the compact real set: rows of numbers in three files -----------------------------------------------------------
 
 
-def compact_files(path):
-    """The ground truth, predictions and expected numbers beside `path`, if it is one of the three."""
-    stem = path.stem
-    for end in ("_gt_compact", "_pred_compact", "_expected"):
-        if stem.endswith(end):
-            ends = {"gt": "_gt_compact", "pred": "_pred_compact", "expected": "_expected"}
-            files = {kind: path.with_name(stem.removesuffix(end) + other + ".json") for kind, other in ends.items()}
-            return files if all(file.exists() for file in files.values()) else None
-    return None
+def compact_files(meta, path):
+    """What the three files hold, one of which is `path`; None if they are not there."""
+    kind = compact_kind(meta)
+    if kind is None:
+        return None
+    found = {kind: meta}
+    for other in sorted(path.parent.glob("*.json")):
+        data = json.loads(other.read_text())
+        found.setdefault(compact_kind(data), data)
+    return found if {"gt", "pred", "expected"} <= found.keys() else None
+
+
+def compact_kind(data):
+    """Rows of three numbers are instances, rows of four detections; the third file has mean AP and neither."""
+    if isinstance(data, dict) and {"ground_truth", "prediction"} & data.keys():
+        return None
+    rows = next((rows[0] for rows in (find_rows(data) or {}).values() if rows), [])
+    if len(rows) in (3, 4) and all(isinstance(value, int | float) for value in rows):
+        return {3: "gt", 4: "pred"}[len(rows)]
+    return "expected" if find(data, "mAP") else None
 
 
 def check_compact(files):
-    truth, predicted, expected = (json.loads(files[kind].read_text()) for kind in ("gt", "pred", "expected"))
+    truth, predicted, expected = (files[kind] for kind in ("gt", "pred", "expected"))
     tables = [compact_table(data) for data in (truth, predicted)]
     expected = expected.get("expected", expected)
     tious = find(expected, "tious") or find(truth, "tious") or find(predicted, "tious") or [0.3, 0.4, 0.5, 0.6, 0.7]
