@@ -47,3 +47,31 @@ def test_fit_validate_and_predict(run_cli, config, tmp_path):
     found = json.loads((tmp_path / "found" / "predictions.json").read_text())["results"]
     assert len(found) == 4
     assert len(list((tmp_path / "found").glob("*.csv"))) == len(list((tmp_path / "found").glob("*.srt"))) == 4
+
+
+@pytest.mark.slow
+def test_a_classifier_starts_a_detector(run_cli, config, tiny_videos, tmp_path):
+    videos = sorted((tiny_videos / "videos").rglob("*.mp4"))
+    for split, files in (("train", videos[:4]), ("val", videos[4:])):
+        for number, file in enumerate(files):
+            folder = tmp_path / "clips" / split / ("spin", "zoom")[number % 2]
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / file.name).symlink_to(file)
+    data = {"root": str(tmp_path / "clips"), "batch_size": 2, "eval_batch_size": 2, "num_workers": 0, "clip_length": 16}
+    options = {
+        "model": {"class_path": "VideoClassification", "init_args": {"backbone_options": TINY}},
+        "data": {"class_path": "VideoClips", "init_args": {**data, "frame_size": 32, "crop_size": 32, "num_views": 2}},
+        "trainer": TRAINER,
+    }
+    path = tmp_path / "clips.yaml"
+    path.write_text(yaml.safe_dump(options))
+    outcome = run_cli("fit", "-c", path)
+    assert outcome.code == 0, outcome.err
+    assert "val/top1:" in outcome.out
+    (checkpoint,) = tmp_path.rglob("best.ckpt")
+    result = run_cli("predict", "-c", path, "--model.weights", checkpoint, "--output", tmp_path / "found")
+    assert result.code == 0, result.err
+    rows = (tmp_path / "found" / "predictions.csv").read_text().splitlines()
+    assert len(rows) == 1 + len(videos[4:])
+    detector = run_cli("fit", "-c", config, "--model.weights", checkpoint, "--trainer.max_steps", "1")
+    assert detector.code == 0, detector.err
