@@ -74,14 +74,14 @@ def action_csv(id: str, found: Detections, class_names: Sequence[str]) -> tuple[
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("start", "end", "action", "score"))
-    for _, label, start, end, score in _by_time({id: found}, class_names):
+    for _, label, start, end, score in _by_time(id, found, class_names):
         writer.writerow((f"{start:.2f}", f"{end:.2f}", label, f"{score:.4f}"))
     return f"{id}.csv", text.getvalue().encode()
 
 
 def action_srt(id: str, found: Detections, class_names: Sequence[str], threshold: float = 0.3) -> tuple[str, bytes]:
     """The detections of one video of at least the score `threshold` as subtitles, which video players show."""
-    rows = [row for row in _by_time({id: found}, class_names) if row[4] >= threshold and row[3] > row[2]]
+    rows = [row for row in _by_time(id, found, class_names) if row[4] >= threshold]
     blocks = [
         f"{number}\n{_timestamp(start)} --> {_timestamp(end)}\n{label} ({score:.0%})\n"
         for number, (_, label, start, end, score) in enumerate(rows, start=1)
@@ -89,8 +89,10 @@ def action_srt(id: str, found: Detections, class_names: Sequence[str], threshold
     return f"{id}.srt", "\n".join(blocks).encode()
 
 
-def _by_time(videos: Mapping[str, Detections], class_names: Sequence[str]) -> list[Row]:
-    return sorted(as_rows(videos, class_names), key=lambda row: (row[2], row[3], -row[4], row[1]))
+def _by_time(id: str, found: Detections, class_names: Sequence[str]) -> list[Row]:
+    """Rows by time, without those that a network predicted to end before they start."""
+    rows = [row for row in as_rows({id: found}, class_names) if row[3] > row[2]]
+    return sorted(rows, key=lambda row: (row[2], row[3], -row[4], row[1]))
 
 
 def _timestamp(seconds: float) -> str:

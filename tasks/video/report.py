@@ -136,7 +136,9 @@ def _durations(result: Evaluation) -> bytes:
     figure = Figure(figsize=(5.4, 2.8), layout="constrained")
     axes = figure.add_subplot()
     labels = [f"found at tIoU {result.tious[row]:.2f}", "missed"]
-    axes.hist([lengths[found], lengths[~found]], edges.tolist(), stacked=True, color=[KIND_COLOURS[0], GREY], label=labels)
+    axes.hist(
+        [lengths[found], lengths[~found]], edges.tolist(), stacked=True, color=[KIND_COLOURS[0], GREY], label=labels
+    )
     axes.set(xlabel="duration in seconds", ylabel="instances")
     _plain(axes)
     axes.legend(frameon=False, fontsize=8, labelcolor=INK)

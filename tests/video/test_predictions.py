@@ -54,7 +54,7 @@ def test_json_can_be_read_back():
 
 
 def test_table_of_actions():
-    name, content = action_csv("clips/v", found((2, 3.5, 0.75, 1), (0, 1.004, 0.25, 0)), NAMES)
+    name, content = action_csv("clips/v", found((2, 3.5, 0.75, 1), (0, 1.004, 0.25, 0), (3, 2, 0.9, 0)), NAMES)
     assert name == "clips/v.csv"
     assert content.decode() == "start,end,action,score\n0.00,1.00,jump,0.2500\n2.00,3.50,run,0.7500\n"
 
