@@ -1,6 +1,7 @@
 """Data sets: layouts, batches, seeds, and what is wrong with files named in one error."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from tasks.core.errors import UserError
 from tasks.video.annotations import THUMOS14_CLASSES, Video
 from tasks.video.data import THUMOS14, ActivityNet, MovingDigits, VideoFolder
 from tasks.video.datamodule import inside
+from tasks.video.evaluation_files import read_ground_truth
 
 SMALL = {"frame_size": 32, "crop_size": 24, "clip_length": 32, "clip_stride": 8, "eval_stride": 16, "num_workers": 0}
 
@@ -271,8 +273,6 @@ def test_what_lies_behind_the_end_is_not_trained_on():
 
 
 def real_annotations():
-    import os
-
     if "FRUGAL_DATA" not in os.environ:
         pytest.skip("FRUGAL_DATA names no real annotations")
     return Path(os.environ["FRUGAL_DATA"], "thumos14")
@@ -288,12 +288,11 @@ def test_real_annotations_have_the_official_counts():
     assert datamodule.class_names == list(THUMOS14_CLASSES)
     test = datamodule.read_annotations("val").samples
     assert (len(test), sum(len(video.labels) for video in test)) == (210, 3311)
-    assert (
-        sum(
-            len(datamodule.offsets(video)) for video in THUMOS14(str(root), excluded=()).read_annotations("val").samples
-        )
-        > 3000
-    )
+    everything = THUMOS14(root=str(root), excluded=()).read_annotations("val").samples
+    assert sum(len(datamodule.offsets(video)) for video in everything) == 3485
+    for subset, counts in (("train", (200, 3007)), ("test", (210, 3311))):
+        truth = read_ground_truth(root / "thumos_gt.json", subset)
+        assert (len(truth.videos), len(truth)) == counts
 
 
 # -- json layouts -----------------------------------------------------------------------------------------------------
