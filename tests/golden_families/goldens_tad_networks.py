@@ -299,13 +299,14 @@ def output_of(tensors, tag, length):
 def check_test_program(meta, path):
     tensors = network_outputs(meta["calls"], path)
     length, fps = meta["calls"][0]["shape"][2], meta["sample_fps"]
-    streams = list(dict.fromkeys(call["tag"].partition(".")[0] for call in meta["calls"]))
-    windows = [call["tag"].partition(".")[2] for call in meta["calls"] if call["tag"].startswith(f"{streams[0]}.")]
+    streams = {}  # of one network each: the tags of its calls, one per window
+    for call in meta["calls"]:
+        streams.setdefault(call["tag"].partition(".")[0], []).append(call["tag"])
+    windows = list(zip(*streams.values(), strict=True))
     for video, frames in meta["videos"].items():
         rows = []
         for offset in window_offsets(frames, length, length // 2):
-            number = windows.pop(0)
-            output = average([output_of(tensors, f"{stream}.{number}", length) for stream in streams])
+            output = average([output_of(tensors, tag, length) for tag in windows.pop(0)])
             segments, scores = (x[0].double().numpy() for x in decode(output))
             points, labels = np.nonzero(scores > 0.01)
             rows.append(((segments[points] + offset) / fps, scores[points, labels], labels))
