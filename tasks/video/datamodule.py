@@ -37,7 +37,8 @@ class VideoDataModule(SplitDataModule[Samples]):
 
     Args:
         root: The data set.
-        videos: What `predict` reads: a folder, a file or a glob pattern; without it, the validation videos.
+        videos: What `predict` reads: a folder, a file or a glob pattern (of videos, or of features where these are the
+            input); without it, the validation videos.
         sample_fps: Frames per second that are kept of a video.
         frame_size: Height and width in pixels to which frames are resized.
         crop_size: Height and width of the random (training) or central crop.
@@ -214,7 +215,7 @@ class DetectionDataModule(VideoDataModule[list[Video]]):
         if self.videos is None:
             return self._evaluation_dataset(self.samples("val"))
         if "predict" not in self._samples:
-            found = find_videos(self.videos)
+            found = find_videos(self.videos, VIDEO_SUFFIXES if self.features is None else (".npy",))
             videos = [Video(id, np.zeros((0, 2)), np.zeros(0, dtype=np.int64)) for id in found]
             self._samples["predict"] = self._open_all(videos, found, "predict")
         return self._evaluation_dataset(self._samples["predict"])
@@ -293,7 +294,7 @@ class DetectionDataModule(VideoDataModule[list[Video]]):
     def _open(self, video: Video, files: dict[str, Path], split: str) -> _Opened:
         path = files[video.id]
         try:
-            if self.features is not None and split != "predict":
+            if self.features is not None:
                 return self._with_features(video, FeatureArray(path))
             if self.frames is not None and split != "predict":
                 source = open_frames(path, self.sampling.size)

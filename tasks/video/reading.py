@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -126,22 +127,22 @@ def open_frames(path: Path, size: int) -> FrameArray | FrameFolder:
     return FrameFolder(path, size) if path.is_dir() else FrameArray(path)
 
 
-def find_videos(videos: str) -> dict[str, Path]:
-    """The videos named by a folder, a file or a glob pattern, by their names; raises `DataError` for none."""
+def find_videos(videos: str, suffixes: Sequence[str] = VIDEO_SUFFIXES) -> dict[str, Path]:
+    """The files named by a folder, a file or a glob pattern, by their names; raises `DataError` for none."""
     path = Path(videos)
     if path.is_file():
         return {path.stem: path}
     if path.is_dir():
-        found = files_by_stem(path, VIDEO_SUFFIXES)
+        found = files_by_stem(path, suffixes)
     else:
-        anchor = Path(path.anchor)
-        pattern = str(path.relative_to(anchor)) if path.is_absolute() else videos
-        matches = sorted(anchor.glob(pattern)) if pattern not in ("", ".") else []
-        found = {match.stem: match for match in matches if match.suffix.lower() in VIDEO_SUFFIXES}
-        if len(found) < sum(match.suffix.lower() in VIDEO_SUFFIXES for match in matches):
-            raise DataError(f"videos is {videos!r}: two videos have the same name; expected different names")
+        matches = [Path(match) for match in sorted(glob.glob(videos, recursive=True))]
+        found = {}
+        for match in matches:
+            if match.suffix.lower() in suffixes and found.setdefault(match.stem, match) != match:
+                raise DataError(f"{match}: has the same name as {found[match.stem]}; expected different names")
     if not found:
-        raise DataError(f"videos is {videos!r}, where no video was found; expected a folder, a file or a glob pattern")
+        kinds = "a video" if suffixes is VIDEO_SUFFIXES else f"a {' or '.join(suffixes)} file"
+        raise DataError(f"videos is {videos!r}, where no such file was found; expected {kinds}, a folder or a pattern")
     return found
 
 

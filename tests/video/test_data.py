@@ -166,6 +166,19 @@ def test_features(digits, tmp_path):
     assert np.abs(video.segments[:, None] - seconds).sum(axis=2).min() < 1e-4
 
 
+def test_predicts_from_features(digits, tmp_path):
+    np.save(tmp_path / "new.npy", np.ones((40, 6), dtype=np.float32))
+    options = {"features": str(tmp_path), "clip_length": 64, "clip_stride": 16, "eval_stride": 32, "num_workers": 0}
+    datamodule = MovingDigits(root=digits.root, videos=str(tmp_path / "*.npy"), feature_fps=30.0, **options)
+    datamodule.setup("predict")
+    samples = list(datamodule.predict_dataset())
+    assert [sample["offset"] for sample in samples] == [6, 38, 70, 102]
+    assert samples[0]["fps"] == 30
+    assert samples[0]["duration"] == pytest.approx(160 / 30)
+    with pytest.raises(DataError, match=r"expected data\.feature_fps"):
+        MovingDigits(root=digits.root, videos=str(tmp_path / "*.npy"), **options).setup("predict")
+
+
 @pytest.mark.parametrize(
     ("array", "message"),
     [

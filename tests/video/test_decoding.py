@@ -148,7 +148,7 @@ def test_find_videos(tmp_path):
     assert list(find_videos(str(tmp_path / "b"))) == ["c"]
     assert list(find_videos(str(tmp_path / "a.mp4"))) == ["a"]
     assert list(find_videos(str(tmp_path / "*" / "*.avi"))) == ["c"]
-    with pytest.raises(DataError, match="no video was found"):
+    with pytest.raises(DataError, match="no such file was found; expected a video"):
         find_videos(str(tmp_path / "nowhere*"))
     with pytest.raises(DataError, match="has the same name as"):
         find_videos(str(tmp_path))
