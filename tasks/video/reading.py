@@ -27,20 +27,22 @@ class Crop(NamedTuple):
 
 
 class FrameArray:
-    """Frames (n, H, W, 3), uint8 RGB, in a .npy file that is mapped into memory when it is read."""
+    """Frames (n, H, W, 3), uint8 RGB, or (n, H, W, 2), optical flow, in a .npy file that is mapped into memory."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         frames = self._frames()
-        if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or not len(frames):
-            raise DataError(f"{path}: {frames.dtype} {frames.shape}; expected uint8 (frames, height, width, 3)")
+        if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] not in (2, 3) or not len(frames):
+            raise DataError(
+                f"{path}: {frames.dtype} {frames.shape}; expected uint8 (frames, height, width, 3), for flow 2"
+            )
         self.shape: tuple[int, int, int] = frames.shape[:3]
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def read(self, first: int, last: int, crop: Crop) -> NDArray[np.uint8]:
-        """Frames first .. last - 1 of the crop, (3, n, size, size)."""
+        """Frames first .. last - 1 of the crop, (3 or 2, n, size, size); flow keeps its sign when it is mirrored."""
         rows, columns = slice(crop.top, crop.top + crop.size), slice(crop.left, crop.left + crop.size)
         return _channels_first(self._frames()[first:last, rows, columns], crop.flip)
 
@@ -147,5 +149,5 @@ def find_videos(videos: str, suffixes: Sequence[str] = VIDEO_SUFFIXES) -> dict[s
 
 
 def _channels_first(frames: NDArray[np.uint8], flip: bool) -> NDArray[np.uint8]:
-    """(n, H, W, 3) -> (3, n, H, W), mirrored along W if so wanted."""
+    """(n, H, W, C) -> (C, n, H, W), mirrored along W if so wanted."""
     return np.ascontiguousarray((frames[:, :, ::-1] if flip else frames).transpose(3, 0, 1, 2))

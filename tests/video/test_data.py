@@ -198,6 +198,18 @@ def test_bad_features(digits, tmp_path, array, message):
         datamodule.samples("val")
 
 
+def test_optical_flow(digits, tmp_path):
+    flow = np.random.default_rng(0).integers(0, 256, (64, 32, 32, 2), dtype=np.uint8)
+    for video in digits.samples("val"):
+        np.save(tmp_path / f"{video.id}.npy", flow)
+    datamodule = MovingDigits(root=digits.root, frames=str(tmp_path), **SMALL)
+    clip = datamodule.val_dataset()[1]["clip"]
+    np.testing.assert_array_equal(clip.numpy(), flow[16:48, 4:28, 4:28].transpose(3, 0, 1, 2))
+    np.save(tmp_path / f"{datamodule.samples('val')[0].id}.npy", flow[..., :1])
+    with pytest.raises(DataError, match=r"uint8 \(64, 32, 32, 1\); expected uint8 \(frames, height, width, 3\)"):
+        MovingDigits(root=digits.root, frames=str(tmp_path), **SMALL).samples("val")
+
+
 def test_bad_frames(digits, tmp_path):
     for video in digits.samples("val"):
         np.save(tmp_path / f"{video.id}.npy", np.zeros((9, 8, 8, 3), dtype=np.uint8))
