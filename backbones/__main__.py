@@ -24,6 +24,7 @@ from backbones.convert import convert
 from backbones.features import create
 from backbones.profiling import NetworkCost, profile
 from backbones.published import PUBLISHED
+from backbones.video_features import VIDEO_BACKBONES
 
 
 class CommandError(Exception):
@@ -53,7 +54,9 @@ def _parser() -> argparse.ArgumentParser:
 
     measuring = commands.add_parser("profile", help="parameters, multiply-adds, speed and memory of any timm model")
     measuring.add_argument("name", help="a model of timm or of `list`")
-    measuring.add_argument("--size", type=_size, help="image: 224, or height x width as 224x320 (the model's own)")
+    measuring.add_argument(
+        "--size", type=_size, help="224, height x width as 224x320, or 64x224x320 for 64 frames (the model's own)"
+    )
     measuring.add_argument("--batch", type=_positive, default=8, help="images per pass (8)")
     measuring.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ... (cpu)")
     measuring.add_argument("--train", action="store_true", help="time forward and backward passes in training mode")
@@ -75,11 +78,13 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _size(text: str) -> tuple[int, int]:
+def _size(text: str) -> tuple[int, ...]:
     sides = text.lower().split("x")
-    if len(sides) > 2 or not all(side.isdecimal() and int(side) for side in sides):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected pixels as 224, or height x width as 224x320")
-    return int(sides[0]), int(sides[-1])
+    if len(sides) > 3 or not all(side.isdecimal() and int(side) for side in sides):
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: expected pixels as 224, or height x width as 224x320, of clips 64x224x320"
+        )
+    return tuple(int(side) for side in sides) if len(sides) > 1 else (int(text), int(text))
 
 
 # -- list -------------------------------------------------------------------------------------------------------------
@@ -130,13 +135,13 @@ def _profile(options: argparse.Namespace) -> None:
 
 
 def _print_cost(setting: dict[str, Any], cost: NetworkCost) -> None:
-    height, width = setting["size"]
+    what, each = ("images", "image") if len(setting["size"]) == 2 else ("clips", "clip")
     where = setting["device"] + (f", {setting['threads']} threads" if setting["device"] == "cpu" else "")
     memory = "not measured" if cost.peak_memory_mb is None else f"{cost.peak_memory_mb:.0f} MB"
-    print(f"{setting['model']}, {setting['batch']} images of {height} x {width}, {where}")
+    print(f"{setting['model']}, {setting['batch']} {what} of {' x '.join(map(str, setting['size']))}, {where}")
     print(f"  parameters     {cost.params:,}")
-    print(f"  multiply-adds  {cost.macs / 1e9:.3f} G per image")
-    print(f"  speed          {cost.images_per_second:.1f} images/s ({setting['pass']}, median of {cost.passes})")
+    print(f"  multiply-adds  {cost.macs / 1e9:.3f} G per {each}")
+    print(f"  speed          {cost.images_per_second:.1f} {what}/s ({setting['pass']}, median of {cost.passes})")
     print(f"  peak memory    {memory} ({cost.peak_memory_kind})\n")
     rows = [
         (s.name, f"{s.params / 1e6:.3f}", f"{s.macs / 1e9:.3f}", f"{s.time_ms:.2f}", " x ".join(map(str, s.output)))
@@ -154,11 +159,17 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _model_for(name: str, size: tuple[int, int] | None) -> tuple[nn.Module, tuple[int, int]]:
-    """The model made for images of that size where it takes one, and the size (the model's own where None)."""
+def _model_for(name: str, size: tuple[int, ...] | None) -> tuple[nn.Module, tuple[int, ...]]:
+    """The model made for images or clips of that size where it takes one, and the size (its own where None)."""
+    if name in VIDEO_BACKBONES:
+        model: Any = create(name)
+        size = size or model.pretrained_cfg["input_size"][1:]
+        return model, (model.num_frames, *size) if len(size) == 2 else tuple(size)
     if size is None:
         model = create(name)
-        return model, tuple(model.pretrained_cfg["input_size"][1:])  # type: ignore[index]
+        return model, tuple(model.pretrained_cfg["input_size"][1:])
+    if len(size) == 3:
+        raise CommandError(f"--size {'x'.join(map(str, size))}: {name} takes images, height x width")
     try:
         return create(name, img_size=size), size
     except TypeError:  # a model without such an option

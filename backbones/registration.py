@@ -25,3 +25,19 @@ def imagenet_cfg(size: int = 224, crop_pct: float = 0.875, first_conv: str = "pa
         "first_conv": first_conv,
         "classifier": "head",
     }
+
+
+def video_cfg(size: int, first_conv: str, classifier: str) -> dict[str, Any]:
+    """timm's description of a network for Kinetics-400 and frames of `size` pixels.
+
+    timm has no place for the number of frames, which is the network's ``num_frames``. Pixels are normalised to -1..1,
+    as in I3D (arXiv 1705.07750).
+    """
+    return {
+        "num_classes": 400,
+        "input_size": (3, size, size),
+        "mean": (0.5, 0.5, 0.5),
+        "std": (0.5, 0.5, 0.5),
+        "first_conv": first_conv,
+        "classifier": classifier,
+    }

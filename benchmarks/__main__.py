@@ -1,12 +1,19 @@
-"""``python -m benchmarks {backbones,ecoformer,kernels,memory,metrics}``: measurements on this machine, beside peers."""
+"""``python -m benchmarks {backbones,ecoformer,kernels,memory,metrics,temporal}``: measurements here, beside peers."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 
-from benchmarks import backbones, ecoformer, kernels, memory, metrics
+from benchmarks import backbones, ecoformer, kernels, memory, metrics, temporal
 
-BENCHMARKS = {"backbones": backbones, "ecoformer": ecoformer, "kernels": kernels, "memory": memory, "metrics": metrics}
+BENCHMARKS = {
+    "backbones": backbones,
+    "ecoformer": ecoformer,
+    "kernels": kernels,
+    "memory": memory,
+    "metrics": metrics,
+    "temporal": temporal,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

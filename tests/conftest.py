@@ -62,6 +62,17 @@ def tiny_digits(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def tiny_videos(tmp_path_factory):
+    """5 training and 4 validation videos of ten seconds with moving digits, like THUMOS14; not to be changed."""
+    pytest.importorskip("av")
+    from tasks.video.sample import write_sample
+
+    root = tmp_path_factory.mktemp("data") / "videos"
+    write_sample(root, 5, 4, seconds=10)
+    return root
+
+
+@pytest.fixture(scope="session")
 def tiny_classifier_options():
     """Options, as nested dictionaries, of a small classifier on the data at `root`: two steps on the CPU."""
 
@@ -198,6 +209,10 @@ def call_cli(task, args, capture):
     elif task == "detection":
         from tasks.detection.data import DetectionDataModule as DataModule
         from tasks.detection.module import DetectionModule as Module
+    elif task == "video":
+        from tasks.video import clips, data  # noqa: F401
+        from tasks.video.datamodule import VideoDataModule as DataModule
+        from tasks.video.module import VideoModule as Module
     else:
         import tasks.segmentation.mmseg_module  # noqa: F401  (its classes can be named, as in __main__)
         from tasks.segmentation.data import SegmentationDataModule as DataModule

@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatch, fnmatchcase
 from typing import Any, Literal
@@ -125,8 +125,7 @@ def parameter_groups(
     layers.
     """
     multipliers = lr_multipliers or {}
-    rules = {"norm_and_embedding": _norm_and_embedding_names, "1d": _timm_undecayed_names}
-    undecayed = rules[no_decay](model) if no_decay in rules else set()
+    undecayed = UNDECAYED[no_decay](model)
     layers, depth = _backbone_layers(model) if layer_decay is not None else ({}, 0)
     used: set[str] = set()
     groups: dict[tuple[float, float, float], dict[str, Any]] = {}
@@ -255,6 +254,13 @@ def _timm_undecayed_names(model: nn.Module) -> set[str]:
         patterns = [prefix + pattern for pattern in module.no_weight_decay()]  # type: ignore[operator]
         names |= {name for name, _ in model.named_parameters() if any(fnmatch(name, p) for p in patterns)}
     return names
+
+
+UNDECAYED: dict[str, Callable[[nn.Module], set[str]]] = {
+    "norm_and_embedding": _norm_and_embedding_names,
+    "1d": _timm_undecayed_names,
+    "none": lambda model: set(),
+}
 
 
 def _backbone_layers(model: nn.Module) -> tuple[dict[str, int], int]:

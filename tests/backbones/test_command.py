@@ -95,6 +95,14 @@ def test_profile_in_json_of_any_timm_model_in_training(run):
     assert {stage["name"] for stage in found["stages"]} >= {"layer1", "layer2", "layer3", "layer4", "fc"}
 
 
+def test_profile_of_a_video_network(run):
+    _, out, _ = run("profile", "i3d", "--size", "8x16x32", "--batch", "1")
+    assert out.startswith("i3d, 1 clips of 8 x 16 x 32, cpu, 1 threads\n")
+    assert "G per clip" in out
+    (row,) = re.findall(r"^Mixed_4f .*", out, re.MULTILINE)
+    assert row.endswith("1 x 832 x 2 x 1 x 2")
+
+
 def test_profile_at_the_size_of_the_model(run):
     _, out, _ = run("profile", "test_resnet", "--batch", "1")
     assert out.startswith("test_resnet, 1 images of 160 x 160")
@@ -105,6 +113,7 @@ def test_profile_at_the_size_of_the_model(run):
     [
         (["resnet5"], r"unknown backbone 'resnet5'; nearest names: resnet5"),
         (["test_resnet", "--size", "64x"], "argument --size: '64x': expected pixels as 224, or height x width"),
+        (["test_resnet", "--size", "8x32x32"], "--size 8x32x32: test_resnet takes images, height x width"),
         (["test_resnet", "--size", "0"], "argument --size: '0': expected pixels"),
         (["test_resnet", "--batch", "0"], "argument --batch: '0': expected a whole number of at least 1"),
         (["test_resnet", "--device", "gpu"], "--device gpu: Expected one of cpu, cuda"),

@@ -18,8 +18,13 @@ from torch import nn
 
 import backbones  # noqa: F401  (registers the networks)
 from backbones.published import PUBLISHED
+from backbones.video_features import VIDEO_BACKBONES
 
-REGISTERED = [name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("backbones.")]
+REGISTERED = [
+    name
+    for name in timm.list_models()
+    if timm.model_entrypoint(name).__module__.startswith("backbones.") and name not in VIDEO_BACKBONES
+]
 # Networks that differ from those here in nothing but what `SMALL` overrides.
 LARGER = r"pvt_v2_b[1-4]_.*|twins_svt_(base|large)_.*|spvit_(deit|swin)_(sm|bs)_.*"
 # Networks of any architecture, of which there are no published ones.

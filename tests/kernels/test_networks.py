@@ -11,6 +11,7 @@ from backbones.hvt import HVT
 from backbones.lit import LIT
 from backbones.lit_ti import LITTi
 from backbones.litv2 import LITv2
+from backbones.stpt import STPT
 from backbones.swin import SwinFeatures
 from tasks.segmentation.faseg.network import FASegNetwork
 
@@ -132,3 +133,16 @@ def test_backbones(name, kernels_required, monkeypatch):
         return {str(i): output for i, output in enumerate(outputs if isinstance(outputs, list) else [outputs])}
 
     check_network(model, call, launches, monkeypatch)
+
+
+def test_stpt(kernels_required, monkeypatch):
+    """Windows that divide no map, with reduced keys."""
+    torch.manual_seed(0)
+    options = {"embed_dims": (8, 8, 8, 8), "windows": ((3, 2, 2), (2, 2, 2), None, None), "kv_ratios": ((1, 2, 1),) * 4}
+    model = STPT(depths=(1, 1, 1, 1), num_heads=(1, 2, 1, 2), num_classes=3, **options).eval()
+    clips = torch.randn(1, 3, 5, 20, 12, generator=torch.manual_seed(1)).to(DEVICE)
+
+    def call(model):
+        return {"scores": model(clips.to(next(model.parameters()).dtype))}
+
+    check_network(model, call, ATTENTION | WINDOWS, monkeypatch)

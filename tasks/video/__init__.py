@@ -1,0 +1,1 @@
+"""Temporal action detection: AFSD heads on STPT and other video backbones."""
