@@ -9,8 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tasks.classification.reading import LabelledImages
-from tasks.core.check import Findings, SizeRange, read_all
-from tasks.core.data import DataError
+from tasks.core.check import CheckedImage, CheckResult, SizeRange
 
 if TYPE_CHECKING:
     from tasks.classification.datamodule import ClassificationDataModule
@@ -27,25 +26,9 @@ class SplitSummary:
     small: list[str] = field(default_factory=list)
 
 
-@dataclass
-class CheckResult(Findings):
-    """Everything found in a data set."""
-
-    class_names: list[str] = field(default_factory=list)
-    splits: dict[str, SplitSummary] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class _Reading:
-    origin: str
-    problem: str | None = None
-    digest: str = ""
-    size: tuple[int, int] = (0, 0)  # height, width
-
-
-def check_dataset(datamodule: "ClassificationDataModule") -> CheckResult:
+def check_dataset(datamodule: "ClassificationDataModule") -> CheckResult[SplitSummary]:
     """Read every image of `datamodule` and collect all problems, including images in two splits."""
-    result = CheckResult(class_names=datamodule.class_names)
+    result: CheckResult[SplitSummary] = CheckResult(class_names=datamodule.class_names)
     for split in datamodule.splits:
         listing = datamodule.scan(split)
         result.add_listing(listing)
@@ -53,31 +36,23 @@ def check_dataset(datamodule: "ClassificationDataModule") -> CheckResult:
         assert samples.labels is not None
         summary = SplitSummary(np.bincount(samples.labels, minlength=datamodule.num_classes))
         result.splits[split] = summary
-        read, total = partial(_read, samples), len(samples)
-        for reading in read_all(range(total), read, total, datamodule.num_workers, f"Checking {split}"):
-            if reading.problem is not None:
-                result.problems.append(reading.problem)
-                continue
-            summary.sizes.add(*reading.size)
-            if min(reading.size) < SMALL:
-                summary.small.append(f"{reading.origin} ({reading.size[1]} x {reading.size[0]})")
-            result.compare(reading.digest, split, reading.origin)
+        total = len(samples)
+        for image in result.check_images(split, range(total), partial(_read, samples), datamodule.num_workers):
+            summary.sizes.add(*image.size)
+            if min(image.size) < SMALL:
+                summary.small.append(f"{image.origin} ({image.size[1]} x {image.size[0]})")
         if summary.small:
             first, number = summary.small[0], len(summary.small)
             result.notes.append(f"{split}: {number} of {total} images have a side below {SMALL} pixels, first {first}")
     return result
 
 
-def _read(samples: LabelledImages, index: int) -> _Reading:
-    origin = samples.origin(index)
-    try:
-        width, height = samples.image(index).size
-    except DataError as error:
-        return _Reading(origin, problem=str(error))
-    return _Reading(origin, digest=samples.digest(index), size=(height, width))
+def _read(samples: LabelledImages, index: int) -> CheckedImage:
+    width, height = samples.image(index).size
+    return CheckedImage(samples.origin(index), samples.digest(index), (height, width))
 
 
-def print_result(result: CheckResult) -> None:
+def print_result(result: CheckResult[SplitSummary]) -> None:
     """Print counts and sizes, notes and problems."""
     console = Console()
     images = Table("split", "images", "smallest", "largest", title="Images")

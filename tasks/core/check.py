@@ -1,18 +1,24 @@
 """What the `check` command of the tasks shares: reading every sample, finding duplicates, printing what was found."""
 
+import hashlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from functools import partial
+from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 from rich.console import Console
 from rich.progress import track
 
+from tasks.core.data import DataError
 from tasks.core.splits import Listing
 
 Sample = TypeVar("Sample")
 Reading = TypeVar("Reading")
+Summary = TypeVar("Summary")
+Checked = TypeVar("Checked", bound="CheckedImage")
 AT_ONCE = 1024  # samples handed to the threads at a time; millions at once would fill the memory
 
 
@@ -37,11 +43,48 @@ class Findings:
         elif first != origin:
             self.notes.append(f"{origin}: the same file as {first}")
 
+    def check_images(
+        self, split: str, samples: Collection[Sample], read: Callable[[Sample], Checked], num_workers: int
+    ) -> Iterator[Checked]:
+        """Read every image of a split in threads and yield those that can be read.
+
+        What `read` raises as `DataError` becomes a problem; images with the same content are compared.
+        """
+        attempt = partial(_attempt, read=read)
+        for checked in read_all(samples, attempt, len(samples), num_workers, f"Checking {split}"):
+            if isinstance(checked, DataError):
+                self.problems.append(str(checked))
+                continue
+            self.compare(checked.digest, split, checked.origin)
+            yield checked
+
     def print_messages(self, console: Console) -> None:
         """Print one line per note and problem."""
         for title, lines in (("note", self.notes), ("problem", self.problems)):
             for line in lines:
                 console.print(f"{title}: {line}", markup=False, highlight=False, soft_wrap=True)
+
+
+@dataclass
+class CheckResult(Findings, Generic[Summary]):
+    """Everything found in a data set, with a summary per split."""
+
+    class_names: list[str] = field(default_factory=list)
+    splits: dict[str, Summary] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CheckedImage:
+    """An image that can be read: where it is from, a hash of its content, and its height and width."""
+
+    origin: str
+    digest: str
+    size: tuple[int, int]
+
+
+def digest_of(path: Path) -> str:
+    """Hash of the content of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @dataclass
@@ -66,6 +109,13 @@ class SizeRange:
 
 def _as_text(size: tuple[int, int] | None) -> str:
     return "-" if size is None else f"{size[1]} x {size[0]}"
+
+
+def _attempt(sample: Sample, read: Callable[[Sample], Reading]) -> Reading | DataError:
+    try:
+        return read(sample)
+    except DataError as error:
+        return error
 
 
 def read_all(

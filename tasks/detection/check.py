@@ -1,6 +1,5 @@
 """Reads a whole data set and reports what is in it and everything that is wrong with it."""
 
-import hashlib
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
@@ -9,8 +8,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from tasks.core.check import Findings, SizeRange, read_all
-from tasks.core.data import DataError
+from tasks.core.check import CheckedImage, CheckResult, SizeRange, digest_of
 from tasks.detection.instances import Instances
 from tasks.detection.reading import Sample, read_sample
 
@@ -33,26 +31,15 @@ class SplitSummary:
     sizes: SizeRange = field(default_factory=SizeRange)
 
 
-@dataclass
-class CheckResult(Findings):
-    """Everything found in a data set."""
-
-    class_names: list[str] = field(default_factory=list)
-    splits: dict[str, SplitSummary] = field(default_factory=dict)
-
-
 @dataclass(frozen=True)
-class _Reading:
-    sample: Sample
-    problem: str | None = None
-    digest: str = ""
-    size: tuple[int, int] = (0, 0)
-    instances: Instances | None = None
+class _Image(CheckedImage):
+    annotated: bool
+    instances: Instances
 
 
-def check_dataset(datamodule: "DetectionDataModule") -> CheckResult:
+def check_dataset(datamodule: "DetectionDataModule") -> CheckResult[SplitSummary]:
     """Read every image and annotation of `datamodule` and collect all problems, including images in two splits."""
-    result = CheckResult(class_names=datamodule.class_names)
+    result: CheckResult[SplitSummary] = CheckResult(class_names=datamodule.class_names)
     read = partial(_read, with_masks=datamodule.with_masks)
     for split in datamodule.splits:
         listing = datamodule.scan(split)
@@ -60,39 +47,31 @@ def check_dataset(datamodule: "DetectionDataModule") -> CheckResult:
         samples = listing.samples
         summary = SplitSummary(len(samples), *np.zeros((2, datamodule.num_classes), dtype=np.int64))
         result.splits[split] = summary
-        for reading in read_all(samples, read, len(samples), datamodule.num_workers, f"Checking {split}"):
-            if reading.problem is not None:
-                result.problems.append(reading.problem)
-                continue
-            _add(summary, reading)
-            result.compare(reading.digest, split, str(reading.sample.image))
+        for image in result.check_images(split, samples, read, datamodule.num_workers):
+            _add(summary, image)
         absent = [result.class_names[k] for k in np.flatnonzero(summary.objects == 0)] if samples else []
         if absent:
             result.notes.append(f"{split}: no {', no '.join(absent)}")
     return result
 
 
-def _read(sample: Sample, with_masks: bool) -> _Reading:
-    try:
-        image, instances = read_sample(sample, with_masks)
-    except DataError as error:
-        return _Reading(sample, problem=str(error))
-    digest = hashlib.sha256(sample.image.read_bytes()).hexdigest()
-    return _Reading(sample, None, digest, (image.shape[0], image.shape[1]), instances)
+def _read(sample: Sample, with_masks: bool) -> _Image:
+    image, instances = read_sample(sample, with_masks)
+    size = (image.shape[0], image.shape[1])
+    return _Image(str(sample.image), digest_of(sample.image), size, sample.annotated, instances)
 
 
-def _add(summary: SplitSummary, reading: _Reading) -> None:
-    assert reading.instances is not None
-    counts = np.bincount(reading.instances.labels, minlength=len(summary.objects))
+def _add(summary: SplitSummary, image: _Image) -> None:
+    counts = np.bincount(image.instances.labels, minlength=len(summary.objects))
     summary.objects += counts
     summary.images_with += counts > 0
-    summary.num_empty += not reading.sample.annotated
-    sides = np.sqrt((reading.instances.boxes[:, 2:] - reading.instances.boxes[:, :2]).prod(axis=1))
+    summary.num_empty += not image.annotated
+    sides = np.sqrt((image.instances.boxes[:, 2:] - image.instances.boxes[:, :2]).prod(axis=1))
     summary.areas += np.bincount(np.digitize(sides, (SMALL, MEDIUM)), minlength=3)
-    summary.sizes.add(*reading.size)
+    summary.sizes.add(*image.size)
 
 
-def print_result(result: CheckResult) -> None:
+def print_result(result: CheckResult[SplitSummary]) -> None:
     """Print counts and sizes, the class histogram, notes and problems."""
     console = Console()
     columns = ("split", "images", "empty", "smallest", "largest", "boxes", "small", "medium", "large")

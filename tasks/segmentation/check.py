@@ -1,6 +1,5 @@
 """Reads a whole data set and reports what is in it and everything that is wrong with it."""
 
-import hashlib
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
@@ -9,8 +8,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from tasks.core.check import Findings, SizeRange, read_all
-from tasks.core.data import DataError
+from tasks.core.check import CheckedImage, CheckResult, SizeRange, digest_of
 from tasks.segmentation.labels import IGNORE
 from tasks.segmentation.reading import LabelTable, Sample, read_pair
 
@@ -29,26 +27,14 @@ class SplitSummary:
     sizes: SizeRange = field(default_factory=SizeRange)
 
 
-@dataclass
-class CheckResult(Findings):
-    """Everything found in a data set."""
-
-    class_names: list[str] = field(default_factory=list)
-    splits: dict[str, SplitSummary] = field(default_factory=dict)
-
-
 @dataclass(frozen=True)
-class _Reading:
-    sample: Sample
-    problem: str | None = None
-    digest: str = ""
-    size: tuple[int, int] = (0, 0)
-    counts: np.ndarray | None = None  # (256,) pixels per train id
+class _Image(CheckedImage):
+    counts: np.ndarray  # (256,) pixels per train id
 
 
-def check_dataset(datamodule: "SegmentationDataModule") -> CheckResult:
+def check_dataset(datamodule: "SegmentationDataModule") -> CheckResult[SplitSummary]:
     """Read every image and label map of `datamodule` and collect all problems, including images in two splits."""
-    result = CheckResult(class_names=datamodule.class_names)
+    result: CheckResult[SplitSummary] = CheckResult(class_names=datamodule.class_names)
     read = partial(_read, labels=datamodule.labels)
     for split in datamodule.splits:
         listing = datamodule.scan(split)
@@ -56,37 +42,29 @@ def check_dataset(datamodule: "SegmentationDataModule") -> CheckResult:
         samples = listing.samples
         summary = SplitSummary(len(samples), *np.zeros((2, datamodule.num_classes), dtype=np.int64))
         result.splits[split] = summary
-        for reading in read_all(samples, read, len(samples), datamodule.num_workers, f"Checking {split}"):
-            if reading.problem is not None:
-                result.problems.append(reading.problem)
-                continue
-            _add(summary, reading)
-            result.compare(reading.digest, split, str(reading.sample.image))
+        for image in result.check_images(split, samples, read, datamodule.num_workers):
+            _add(summary, image)
         absent = [result.class_names[k] for k in np.flatnonzero(summary.pixels == 0)] if samples else []
         if absent:
             result.notes.append(f"{split}: no pixel of {', '.join(absent)}")
     return result
 
 
-def _read(sample: Sample, labels: LabelTable) -> _Reading:
-    try:
-        _, mask = read_pair(sample, labels)
-    except DataError as error:
-        return _Reading(sample, problem=str(error))
-    digest = hashlib.sha256(sample.image.read_bytes()).hexdigest()
-    return _Reading(sample, digest=digest, size=mask.shape, counts=np.bincount(mask.ravel(), minlength=256))
+def _read(sample: Sample, labels: LabelTable) -> _Image:
+    _, mask = read_pair(sample, labels)
+    counts = np.bincount(mask.ravel(), minlength=256)
+    return _Image(str(sample.image), digest_of(sample.image), mask.shape, counts)
 
 
-def _add(summary: SplitSummary, reading: _Reading) -> None:
-    assert reading.counts is not None
-    counts = reading.counts[: len(summary.pixels)]
+def _add(summary: SplitSummary, image: _Image) -> None:
+    counts = image.counts[: len(summary.pixels)]
     summary.pixels += counts
     summary.images_with += counts > 0
-    summary.ignored_pixels += int(reading.counts[IGNORE])
-    summary.sizes.add(*reading.size)
+    summary.ignored_pixels += int(image.counts[IGNORE])
+    summary.sizes.add(*image.size)
 
 
-def print_result(result: CheckResult) -> None:
+def print_result(result: CheckResult[SplitSummary]) -> None:
     """Print counts and sizes, the label histogram, notes and problems."""
     console = Console()
     images = Table("split", "images", "smallest", "largest", "ignored pixels", title="Images")
