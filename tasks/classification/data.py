@@ -19,7 +19,7 @@ from tasks.classification.reading import (
     list_classes,
 )
 from tasks.core.data import DataError
-from tasks.core.sample import cache_folder, write_folder_once
+from tasks.core.sample import DIGIT_NAMES, cache_folder, write_folder_once
 from tasks.core.splits import Listing, fraction_by_name
 
 VAL_FRACTION = 0.1
@@ -206,7 +206,7 @@ class DigitImages(ImageFolder):
     @cached_property
     def class_names(self) -> list[str]:
         """The ten digits."""
-        return list(sample.CLASS_NAMES)
+        return list(DIGIT_NAMES)
 
     def prepare_data(self) -> None:
         """Write the sample unless it is there already."""

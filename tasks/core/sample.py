@@ -18,6 +18,20 @@ import numpy as np
 SUPERSAMPLING = 3
 INK = 0.45  # an upscaled digit is solid where its ink exceeds this share of the maximum
 
+DIGIT_NAMES = tuple(str(digit) for digit in range(10))
+DIGIT_PALETTE = (
+    (230, 25, 75),
+    (60, 180, 75),
+    (255, 225, 25),
+    (0, 130, 200),
+    (245, 130, 48),
+    (145, 30, 180),
+    (70, 240, 240),
+    (240, 50, 230),
+    (170, 110, 40),
+    (0, 128, 128),
+)
+
 
 @cache
 def digit_images(split: Literal["train", "val"]) -> tuple[np.ndarray, np.ndarray]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from tasks.core.data import DataError
 from tasks.core.images import distinct_colour
-from tasks.core.sample import cache_folder, write_folder_once
+from tasks.core.sample import DIGIT_PALETTE, cache_folder, write_folder_once
 from tasks.detection import sample
 from tasks.detection.annotations import Categories, category_problems, read_content
 from tasks.detection.datamodule import DetectionDataModule, Palette
@@ -93,7 +93,7 @@ class DigitScenes(COCO):
     @property
     def palette(self) -> Palette:
         """RGB colours of the K classes, by train id."""
-        return sample.PALETTE
+        return DIGIT_PALETTE
 
     def prepare_data(self) -> None:
         """Write the sample unless it is there already."""

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import track
 
 from tasks.core.sample import (
+    DIGIT_NAMES,
     INK,
     SUPERSAMPLING,
     average_blocks,
@@ -21,18 +22,6 @@ from tasks.core.sample import (
 )
 
 CATEGORY_IDS = (1, 2, 4, 7, 13, 27, 44, 65, 70, 90)  # of the digits 0 to 9; with gaps, as COCO's
-PALETTE = (
-    (230, 25, 75),
-    (60, 180, 75),
-    (255, 225, 25),
-    (0, 130, 200),
-    (245, 130, 48),
-    (145, 30, 180),
-    (70, 240, 240),
-    (240, 50, 230),
-    (170, 110, 40),
-    (0, 128, 128),
-)
 EMPTY_SHARE = 0.05  # of the images, without any digit
 CROWD_SHARE = 0.05  # of the images, with one region of many digits of one category
 FIRST_IMAGE_ID = {"train": 1, "val": 500_001}
@@ -41,8 +30,8 @@ FIRST_IMAGE_ID = {"train": 1, "val": 500_001}
 def categories() -> list[dict[str, Any]]:
     """The categories as annotation files hold them."""
     return [
-        {"id": category_id, "name": str(digit), "supercategory": "digit"}
-        for digit, category_id in enumerate(CATEGORY_IDS)
+        {"id": category_id, "name": name, "supercategory": "digit"}
+        for name, category_id in zip(DIGIT_NAMES, CATEGORY_IDS, strict=True)
     ]
 
 

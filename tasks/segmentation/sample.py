@@ -7,22 +7,19 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from tasks.core.sample import INK, average_blocks, digit_images, paint, render_digit, textured_background
-
-CLASS_NAMES = (*(str(digit) for digit in range(10)), "background")
-PALETTE = (
-    (230, 25, 75),
-    (60, 180, 75),
-    (255, 225, 25),
-    (0, 130, 200),
-    (245, 130, 48),
-    (145, 30, 180),
-    (70, 240, 240),
-    (240, 50, 230),
-    (170, 110, 40),
-    (0, 128, 128),
-    (90, 90, 90),
+from tasks.core.sample import (
+    DIGIT_NAMES,
+    DIGIT_PALETTE,
+    INK,
+    average_blocks,
+    digit_images,
+    paint,
+    render_digit,
+    textured_background,
 )
+
+CLASS_NAMES = (*DIGIT_NAMES, "background")
+PALETTE = (*DIGIT_PALETTE, (90, 90, 90))
 BACKGROUND = len(CLASS_NAMES)  # as written to the annotation: train id + 1, where 0 means "other"
 
 

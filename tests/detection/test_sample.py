@@ -9,7 +9,7 @@ from tasks.core.images import read_image
 from tasks.core.sample import digit_images
 from tasks.detection.data import DigitScenes
 from tasks.detection.masks import rasterize, to_rle
-from tasks.detection.sample import CATEGORY_IDS, PALETTE, categories, draw_scene, write_sample
+from tasks.detection.sample import CATEGORY_IDS, categories, draw_scene, write_sample
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_sample_has_the_layout_of_coco_and_is_reproducible(tmp_path):
         assert read_image(tmp_path / "a/train2017" / image["file_name"]).shape == (image["height"], image["width"], 3)
     assert {annotation["image_id"] for annotation in content["annotations"]} <= {1, 2, 3, 4}
     assert len({path.read_bytes() for path in (tmp_path / "a").rglob("*.jpg")}) == 6
-    assert len(set(PALETTE)) == len(CATEGORY_IDS) == 10
+    assert len(set(DigitScenes().palette)) == len(CATEGORY_IDS) == 10
     assert max(np.diff(CATEGORY_IDS)) > 1
 
 
