@@ -8,8 +8,8 @@ from typing import Any
 
 from tasks.core.errors import UserError
 from tasks.core.openmmlab.config import dictionaries, forget_pretrained, require_trusted
+from tasks.core.preprocess import NormalizeAndPad
 from tasks.detection.mmdet_network import MMDetNetwork, build_detector
-from tasks.detection.network import NormalizeAndPad
 
 COUNTS = ("num_classes", "num_things_classes")
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from tasks.core.errors import UserError
-from tasks.detection.network import DetectionNetwork, NormalizeAndPad, Record, Target, record
+from tasks.core.preprocess import NormalizeAndPad
+from tasks.detection.network import DetectionNetwork, Record, Target, record
 
 # What mmdetection's use of PyTorch and of itself warns about.
 HARMLESS = (r"torch\.meshgrid", r".*`num_anchors` is deprecated", r"To copy construct from a tensor")
@@ -22,21 +23,21 @@ class MMDetNetwork(DetectionNetwork):
 
     Args:
         detector: Built by `build_detector`.
-        prepare: What is done to images.
+        preprocess: What is done to images.
         touch: Let every parameter take part in every loss. Detectors made from a plain name do so by themselves; what
             any configuration builds is not known.
     """
 
-    def __init__(self, detector: nn.Module, prepare: NormalizeAndPad, touch: bool = False) -> None:
+    def __init__(self, detector: nn.Module, preprocess: NormalizeAndPad, touch: bool = False) -> None:
         super().__init__()
         self.detector: Any = detector
-        self.prepare = prepare
+        self.preprocess = preprocess
         self.touch = touch
         self.with_masks = predicts_masks(detector)
 
     def losses(self, images: Sequence[Tensor], targets: Sequence[Target]) -> dict[str, Tensor]:
         """Terms of mmdetection's loss of images (3, h, w)."""
-        inputs = self.prepare(images)
+        inputs = self.preprocess(images)
         sizes = [(image.shape[-2], image.shape[-1]) for image in images]
         samples = self._samples(inputs, images, sizes)
         for sample, target in zip(samples, targets, strict=True):
@@ -53,7 +54,7 @@ class MMDetNetwork(DetectionNetwork):
         """Detections of images (3, h, w) at their original sizes (H, W)."""
         if len(images) == 0:
             return []
-        inputs = self.prepare(images)
+        inputs = self.preprocess(images)
         samples = self.detector.predict(inputs, self._samples(inputs, images, sizes), rescale=True)
         return [self._record(sample.pred_instances, size) for sample, size in zip(samples, sizes, strict=True)]
 

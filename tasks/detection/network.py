@@ -7,14 +7,10 @@ from collections.abc import Sequence
 from typing import Any, TypedDict
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from pycocotools import mask as rle
 from torch import Tensor, nn
 
-IMAGENET_MEAN = (123.675, 116.28, 103.53)
-IMAGENET_STD = (58.395, 57.12, 57.375)
-SIZE_DIVISOR = 32
+from tasks.core.preprocess import NormalizeAndPad as NormalizeAndPad  # what every detector begins with
 
 
 class Target(TypedDict, total=False):
@@ -60,49 +56,6 @@ class DetectionNetwork(nn.Module, abc.ABC):
         if targets is not None:
             return self.losses(images, targets)
         return self.predict(images, [(image.shape[-2], image.shape[-1]) for image in images])
-
-
-class NormalizeAndPad(nn.Module):
-    """Normalise RGB images of 0..255 and pad them right and bottom to one size, with zeros: pixels of the mean colour.
-
-    Args:
-        mean: Subtracted from R, G and B.
-        std: What they are divided by then.
-        size_divisor: Sides grow to multiples of it.
-        bgr: Whether the network wants the channels in the order of OpenCV; `mean` and `std` are in the network's order.
-        pad_value: Value of padding, after normalisation.
-    """
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(
-        self,
-        mean: Sequence[float] = IMAGENET_MEAN,
-        std: Sequence[float] = IMAGENET_STD,
-        size_divisor: int = SIZE_DIVISOR,
-        bgr: bool = False,
-        pad_value: float = 0.0,
-    ) -> None:
-        super().__init__()
-        # Constants of the method, not weights: released checkpoints do not hold them.
-        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(-1, 1, 1), persistent=False)
-        self.size_divisor = size_divisor
-        self.bgr = bgr
-        self.pad_value = pad_value
-
-    def forward(self, images: Sequence[Tensor]) -> Tensor:
-        """Batch (B, 3, H, W) of images (3, h, w), of which there is at least one."""
-        height, width = (max(image.shape[axis] for image in images) for axis in (-2, -1))
-        height, width = height + -height % self.size_divisor, width + -width % self.size_divisor
-        return torch.stack([self._one(image, height, width) for image in images])
-
-    def _one(self, image: Tensor, height: int, width: int) -> Tensor:
-        if self.bgr:
-            image = image.flip(0)
-        image = (image.to(self.mean.dtype) - self.mean) / self.std
-        return F.pad(image, (0, width - image.shape[-1], 0, height - image.shape[-2]), value=self.pad_value)
 
 
 def record(boxes: Tensor, scores: Tensor, labels: Tensor, masks: Tensor | None) -> Record:

@@ -26,7 +26,8 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool
 
 from tasks.core.errors import expect
-from tasks.detection.network import DetectionNetwork, NormalizeAndPad, Record, Target, record
+from tasks.core.preprocess import NormalizeAndPad
+from tasks.detection.network import DetectionNetwork, Record, Target, record
 
 BACKBONE_LEVELS = (2, 3, 4, 5)  # strides 4, 8, 16, 32
 NORM_GROUPS = 32
@@ -108,11 +109,11 @@ class PrepareImages(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.normalize = NormalizeAndPad()
+        self.preprocess = NormalizeAndPad()
 
     def forward(self, images: list[Tensor], targets: Any = None) -> tuple[ImageList, Any]:
         """Batch of images, with their sizes; targets as they are."""
-        return ImageList(self.normalize(images), [(image.shape[-2], image.shape[-1]) for image in images]), targets
+        return ImageList(self.preprocess(images), [(image.shape[-2], image.shape[-1]) for image in images]), targets
 
     def postprocess(self, result: Any, image_shapes: Any, original_image_sizes: Any) -> Any:
         """Boxes stay in pixels of the given images."""

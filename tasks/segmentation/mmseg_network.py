@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tasks.core.errors import UserError
+from tasks.core.preprocess import IMAGENET_MEAN, IMAGENET_STD, NormalizeAndPad
 from tasks.segmentation.labels import IGNORE
-from tasks.segmentation.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 
 
 class MMSegNetwork(nn.Module):
@@ -27,7 +27,7 @@ class MMSegNetwork(nn.Module):
             any configuration builds is not known.
     """
 
-    def __init__(self, segmentor: nn.Module, preprocess: Preprocess, touch: bool = False) -> None:
+    def __init__(self, segmentor: nn.Module, preprocess: NormalizeAndPad, touch: bool = False) -> None:
         super().__init__()
         self.segmentor: Any = segmentor
         self.preprocess = preprocess
@@ -122,7 +122,7 @@ def import_mmseg() -> None:
     MMLogger.get_current_instance().setLevel(logging.WARNING)
 
 
-def _preprocess(options: Mapping[str, Any]) -> Preprocess:
+def _preprocess(options: Mapping[str, Any]) -> NormalizeAndPad:
     """What mmsegmentation's preprocessor does to one image in a test; without options only the normalisation.
 
     It expects OpenCV's order of channels, we read RGB: unless it turns them the network wants BGR.
@@ -131,8 +131,8 @@ def _preprocess(options: Mapping[str, Any]) -> Preprocess:
     if kind != "SegDataPreProcessor":
         raise UserError(f"model.config: data_preprocessor {kind!r} is not supported, only SegDataPreProcessor")
     if not options:
-        return Preprocess(size_divisor=1)
-    return Preprocess(
+        return NormalizeAndPad(size_divisor=1)
+    return NormalizeAndPad(
         mean=options.get("mean") or IMAGENET_MEAN,
         std=options.get("std") or IMAGENET_STD,
         size_divisor=(options.get("test_cfg") or {}).get("size_divisor") or 1,

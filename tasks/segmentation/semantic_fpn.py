@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones.keys import Table
-from tasks.segmentation.preprocess import Preprocess
+from tasks.core.preprocess import NormalizeAndPad
 
 # mmsegmentation's names of neck and head. Its scale heads count convolutions (with norm and ReLU) and upsamplings.
 MMSEGMENTATION_KEYS: Table = [
@@ -32,7 +32,7 @@ class SemanticFPNNetwork(nn.Module):
         self, backbone: nn.Module, num_classes: int, fpn_dim: int = 256, dim: int = 128, dropout: float = 0.1
     ) -> None:
         super().__init__()
-        self.preprocess = Preprocess()
+        self.preprocess = NormalizeAndPad()
         self.backbone = backbone
         channels: Sequence[int] = backbone.channels  # type: ignore[assignment]
         self.neck = FPN(channels, fpn_dim)

@@ -8,10 +8,11 @@ import torch
 from pycocotools import mask as rle
 from torch import nn
 
+from tasks.core.preprocess import NormalizeAndPad
 from tasks.detection import mmdet_models
 from tasks.detection.mmdet_models import MODELS, model_dict
 from tasks.detection.mmdet_network import MMDetNetwork, build_detector
-from tasks.detection.network import NormalizeAndPad, record
+from tasks.detection.network import record
 from tasks.detection.torchvision_detectors import DETECTORS, TorchvisionNetwork, freeze_unused_norms
 
 needs_mmdet = pytest.mark.skipif(importlib.util.find_spec("mmdet") is None, reason="without the extra openmmlab")

@@ -10,7 +10,7 @@ import torch
 
 from backbones import CheckpointError, create_features
 from backbones.litv2 import LITv2Dense
-from tasks.detection.network import NormalizeAndPad
+from tasks.core.preprocess import NormalizeAndPad
 from tasks.detection.torchvision_detectors import TorchvisionNetwork
 from tasks.detection.weights import load_weights
 

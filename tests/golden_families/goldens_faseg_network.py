@@ -8,6 +8,7 @@ from torch import nn
 
 from backbones.checkpoint import rename
 from kernels.ms_deform_attn import ms_deform_attn
+from tasks.core.preprocess import NormalizeAndPad
 from tasks.segmentation.faseg.criterion import Segments, SetCriterion
 from tasks.segmentation.faseg.deformable_encoder import DeformableAttention, DeformableEncoder, reference_points
 from tasks.segmentation.faseg.inference import (
@@ -22,7 +23,6 @@ from tasks.segmentation.faseg.matcher import HungarianMatcher, matching_costs
 from tasks.segmentation.faseg.pixel_decoder import PixelDecoder, PixelDecoderOutput
 from tasks.segmentation.faseg.points import point_sample
 from tasks.segmentation.faseg.transformer_decoder import TransformerDecoder, select_windows
-from tasks.segmentation.preprocess import Preprocess
 
 
 def load(module, tensors, official_prefix="", prefix=""):
@@ -384,7 +384,7 @@ def run_inference(meta, tensors, path):
 def check_preprocessing(tensors, image, size):
     """Compare the padded corner (bottom right) with the official one, which the case stores as an input."""
     assert tuple(tensors[f"in.image.{image}"].shape[1:]) == size
-    batch = Preprocess()(tensors[f"in.image.{image}"][None])
+    batch = NormalizeAndPad()(tensors[f"in.image.{image}"][None])
     assert batch[0, :, size[0] - 1, size[1] - 1].all()
     corner = tensors["in.normalised_padded_batch_corner"][image]
     assert torch.equal(batch[0, :, -corner.shape[1] :, -corner.shape[2] :], corner)

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from backbones import create_features
+from tasks.core.preprocess import IMAGENET_MEAN, IMAGENET_STD, NormalizeAndPad
 from tasks.segmentation.labels import pixel_cross_entropy
-from tasks.segmentation.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from tasks.segmentation.semantic_fpn import FPN, SemanticFPNHead, SemanticFPNNetwork
 
 
@@ -59,11 +59,11 @@ def test_head_upsamples_level_i_i_times():
 
 def test_preprocessing_normalises_then_pads_with_zeros():
     image = torch.randint(0, 256, (1, 3, 33, 64), dtype=torch.uint8)
-    x = Preprocess()(image)
+    x = NormalizeAndPad()(image)
     assert x.shape == (1, 3, 64, 64)
     expected = (image[0, 1, 32, 63].item() - IMAGENET_MEAN[1]) / IMAGENET_STD[1]
     assert x[0, 1, 32, 63].item() == pytest.approx(expected, abs=1e-6)
     assert not x[:, :, 33:].any()
-    assert Preprocess().state_dict() == {}
+    assert NormalizeAndPad().state_dict() == {}
     with pytest.raises(ValueError, match=r"images of shape \(3, 8, 8\): expected \(B, 3, H, W\)"):
-        Preprocess()(image[0, :, :8, :8])
+        NormalizeAndPad()(image[0, :, :8, :8])

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tasks.core.errors import expect
+from tasks.core.preprocess import SIZE_DIVISOR
 from tasks.segmentation.faseg.matcher import HungarianMatcher
 from tasks.segmentation.faseg.points import PointSource, point_sample, uncertain_points, uniform_points
 from tasks.segmentation.labels import IGNORE
-from tasks.segmentation.preprocess import SIZE_DIVISOR
 
 
 class Segments(NamedTuple):

@@ -6,9 +6,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from tasks.core.errors import expect
+from tasks.core.preprocess import NormalizeAndPad
 from tasks.segmentation.faseg.pixel_decoder import PixelDecoder
 from tasks.segmentation.faseg.transformer_decoder import TransformerDecoder
-from tasks.segmentation.preprocess import Preprocess
 
 
 class FASegNetwork(nn.Module):
@@ -53,7 +53,7 @@ class FASegNetwork(nn.Module):
         expect("hidden_dim", hidden_dim, divisible, f"a multiple of 4 and of num_heads ({num_heads})")
         expect("mask_threshold", mask_threshold, 0 <= mask_threshold <= 1, "a probability")
         self.num_classes = num_classes
-        self.preprocess = Preprocess()
+        self.preprocess = NormalizeAndPad()
         self.backbone = backbone
         self.pixel_decoder = PixelDecoder(
             channels,
