@@ -1,1 +1,1 @@
-"""Object detection and instance segmentation: RetinaNet and Mask R-CNN."""
+"""Object detection and instance segmentation: RetinaNet, Mask R-CNN, DINO and other detectors."""

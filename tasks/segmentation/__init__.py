@@ -1,1 +1,1 @@
-"""Semantic segmentation: FASeg, Mask2Former and Semantic FPN."""
+"""Semantic segmentation: FASeg, Mask2Former, Semantic FPN and segmentors of mmsegmentation."""
