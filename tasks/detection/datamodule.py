@@ -21,7 +21,6 @@ from tasks.detection.reading import Sample, make_samples, read_sample, samples_t
 from tasks.detection.transforms import resize_image, train_transforms
 
 Palette = Sequence[tuple[int, int, int]]
-MULTI_SCALE = tuple(range(480, 801, 32))  # the short sides of the 3x recipes
 
 
 class TrainDataset(Dataset[dict[str, Any]]):

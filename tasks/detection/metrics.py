@@ -19,7 +19,6 @@ from tasks.detection.masks import to_rle
 IouType = Literal["box", "mask"]
 Record = Mapping[str, Any]  # what was found in one image: see `DetectionMetrics.update`
 COCO_NAMES = {"box": "bbox", "mask": "segm"}
-AREAS = ("all", "small", "medium", "large")  # axis A of precision and recall
 MAX_DETECTIONS = (1, 10, 100)  # axis M; per image and class
 IOU_50, IOU_75 = 0, 5  # places on axis T: 0.5, 0.55, ..., 0.95
 NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")

@@ -22,10 +22,10 @@ def network_of(model: Mapping[str, Any], num_classes: int) -> MMDetNetwork:
     """
     require_trusted(model)
     own = copy.deepcopy(dict(model))
-    prepare = _preprocessing(own.pop("data_preprocessor", None) or {})
+    preprocess = _preprocess(own.pop("data_preprocessor", None) or {})
     forget_pretrained(own)
     set_classes(own, num_classes)
-    return MMDetNetwork(build_detector(own), prepare, touch=True)
+    return MMDetNetwork(build_detector(own), preprocess, touch=True)
 
 
 def set_classes(model: dict[str, Any], num_classes: int) -> None:
@@ -48,10 +48,10 @@ def _set_class_weight(loss: Any, num_classes: int) -> None:
         loss["class_weight"] = [weights[0]] * num_classes + [weights[-1]]
 
 
-def _preprocessing(options: Mapping[str, Any]) -> NormalizeAndPad:
+def _preprocess(options: Mapping[str, Any]) -> NormalizeAndPad:
     """What mmdetection's preprocessor of plain detectors does; its augmentations of whole batches are left out.
 
-    It expects OpenCV's order of channels, we read RGB: whichever way it turns them, the network wants RGB.
+    It expects OpenCV's order of channels, we read RGB: unless it turns them the network wants BGR.
     """
     kind = str(options.get("type", "DetDataPreprocessor")).rpartition(".")[2]
     if kind != "DetDataPreprocessor":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tasks.core.errors import UserError
 from tasks.core.preprocess import NormalizeAndPad
 from tasks.detection.network import DetectionNetwork, Record, Target, record
 
@@ -37,18 +35,14 @@ class MMDetNetwork(DetectionNetwork):
 
     def losses(self, images: Sequence[Tensor], targets: Sequence[Target]) -> dict[str, Tensor]:
         """Terms of mmdetection's loss of images (3, h, w)."""
+        from tasks.core.openmmlab.models import loss_terms
+
         inputs = self.preprocess(images)
         sizes = [(image.shape[-2], image.shape[-1]) for image in images]
         samples = self._samples(inputs, images, sizes)
         for sample, target in zip(samples, targets, strict=True):
             self._annotate(sample, target, inputs)
-        # What has no "loss" in its name, such as an accuracy, is for logs.
-        terms = {name: value for name, value in self.detector.loss(inputs, samples).items() if "loss" in name}
-        losses = {name: _mean(value) for name, value in terms.items()}
-        if self.touch:
-            first = [parameter.flatten()[0] for parameter in self.parameters() if parameter.requires_grad]
-            losses["loss_untouched"] = 0 * torch.stack(first).sum()
-        return losses
+        return loss_terms(self.detector.loss(inputs, samples), self.parameters() if self.touch else ())
 
     def predict(self, images: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> list[Record]:
         """Detections of images (3, h, w) at their original sizes (H, W)."""
@@ -104,25 +98,13 @@ def build_detector(model: Mapping[str, Any], features: nn.Module | None = None) 
     import_mmdet()
     from mmdet.models.detectors import BaseDetector
     from mmdet.registry import MODELS
-    from mmengine.config import ConfigDict
-    from mmengine.registry import DefaultScope
 
-    model = dict(model)
-    if features is not None:
-        model["backbone"] = {"type": nn.Identity}
-    try:
-        # Only while it is built: another package's scope may be in use in this process.
-        with DefaultScope.overwrite_default_scope("mmdet"):
-            detector = MODELS.build(ConfigDict(model))
-            if not isinstance(detector, BaseDetector):
-                raise TypeError("it is no detector of images")
-            detector.init_weights()
-    except (KeyError, TypeError, ValueError, AssertionError, AttributeError, ImportError, RuntimeError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"model: mmdetection cannot build {model.get('type')!r}: {reason}") from error
-    if features is not None:
-        detector.backbone = features
-    return detector
+    from tasks.core.openmmlab.models import build_model
+
+    def refuse(built: nn.Module) -> str | None:
+        return None if isinstance(built, BaseDetector) else "it is no detector of images"
+
+    return build_model("mmdetection", MODELS, model, features, refuse)
 
 
 def predicts_masks(detector: Any) -> bool:
@@ -133,27 +115,11 @@ def predicts_masks(detector: Any) -> bool:
 
 def import_mmdet() -> None:
     """Import and register mmdetection; raises UserError where the extra is not installed."""
-    from tasks.core.openmmlab import install
+    from tasks.core.openmmlab.models import importing
 
-    install()
-    try:
+    with importing("TorchvisionDetection"):
         import mmdet.models  # noqa: F401  (registers its classes)
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"{error.name} cannot be imported: install Frugal with its extra openmmlab, "
-            "pip install 'frugal-vision[openmmlab]', or take class TorchvisionDetection"
-        ) from error
-    from mmengine.logging import MMLogger
-
     from tasks.detection import mmdet_parts  # noqa: F401  (registers itself)
 
     for message in HARMLESS:
         warnings.filterwarnings("ignore", message=message)
-    # It would list how each parameter was initialised.
-    MMLogger.get_current_instance().setLevel(logging.WARNING)
-
-
-def _mean(value: Tensor | Sequence[Tensor]) -> Tensor:
-    if isinstance(value, Tensor):
-        return value.mean()
-    return torch.stack([part.mean() for part in value]).sum()

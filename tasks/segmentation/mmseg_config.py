@@ -20,14 +20,14 @@ def network_of(described: Mapping[str, Any], num_classes: int) -> MMSegNetwork:
     require_trusted(described)
     model = dict(copy.deepcopy(described))
     forget_pretrained(model)
-    with_classes(model, num_classes)
+    set_classes(model, num_classes)
     for part in dictionaries(model):
         if part.get("type") == "SyncBN":
             part["type"] = "BN"
     return build_network(model, touch=True)
 
 
-def with_classes(model: dict[str, Any], num_classes: int) -> None:
+def set_classes(model: dict[str, Any], num_classes: int) -> None:
     """Set the number of classes of every head of `model`; weights of single classes are dropped where it changes."""
     for part in dictionaries(model):
         before = part.get("num_classes")

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-import logging
 import warnings
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -38,6 +35,8 @@ class MMSegNetwork(nn.Module):
         from mmengine.structures import PixelData
         from mmseg.structures import SegDataSample
 
+        from tasks.core.openmmlab.models import loss_terms
+
         inputs = self.preprocess(images)
         height, width = inputs.shape[-2:]
         labels = F.pad(masks.long(), (0, width - masks.shape[-1], 0, height - masks.shape[-2]), value=IGNORE)
@@ -46,13 +45,7 @@ class MMSegNetwork(nn.Module):
             SegDataSample(metainfo=meta, gt_sem_seg=PixelData(data=label[None]))
             for meta, label in zip(metas, labels, strict=True)
         ]
-        # What has no "loss" in its name, such as an accuracy, is for logs.
-        terms = {name: value for name, value in self.segmentor.loss(inputs, samples).items() if "loss" in name}
-        losses = {name: value.mean() if isinstance(value, Tensor) else sum(value) for name, value in terms.items()}
-        if self.touch:
-            first = [parameter.flatten()[0] for parameter in self.parameters() if parameter.requires_grad]
-            losses["loss_untouched"] = 0 * torch.stack(first).sum()
-        return losses
+        return loss_terms(self.segmentor.loss(inputs, samples), self.parameters() if self.touch else ())
 
     def scores(self, images: Tensor) -> Tensor:
         """Class scores (B, K, H, W) of images (B, 3, H, W) in 0..255."""
@@ -77,49 +70,31 @@ def build_network(described: Mapping[str, Any], features: nn.Module | None = Non
     Raises UserError for what mmsegmentation does not know or refuses, and for a model that is no segmentor of images.
     """
     import_mmseg()
-    from mmengine.config import ConfigDict
-    from mmengine.registry import DefaultScope
     from mmseg.models.segmentors import DepthEstimator, EncoderDecoder
     from mmseg.registry import MODELS
 
-    model = dict(copy.deepcopy(described))
+    from tasks.core.openmmlab.models import build_model
+
+    def refuse(built: nn.Module) -> str | None:
+        supported = isinstance(built, EncoderDecoder) and not isinstance(built, DepthEstimator)
+        return None if supported else "only EncoderDecoder and CascadeEncoderDecoder are supported"
+
+    model = dict(described)
     preprocess = _preprocess(model.pop("data_preprocessor", None) or {})
-    if features is not None:
-        model["backbone"] = {"type": nn.Identity}
-    try:
-        # Only while it is built: another package's scope may be in use in this process.
-        with DefaultScope.overwrite_default_scope("mmseg"), warnings.catch_warnings():
-            # That its mean over pixels counts ignored ones: so do the published results.
-            warnings.filterwarnings("ignore", message="Default ``avg_non_ignore`` is False")
-            segmentor = MODELS.build(ConfigDict(model))
-            if not isinstance(segmentor, EncoderDecoder) or isinstance(segmentor, DepthEstimator):
-                raise TypeError("only EncoderDecoder and CascadeEncoderDecoder are supported")
-            segmentor.init_weights()
-    except (KeyError, TypeError, ValueError, AssertionError, AttributeError, ImportError, RuntimeError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"model: mmsegmentation cannot build {model.get('type')!r}: {reason}") from error
-    if features is not None:
-        segmentor.backbone = features
+    with warnings.catch_warnings():
+        # That its mean over pixels counts ignored ones: so do the published results.
+        warnings.filterwarnings("ignore", message="Default ``avg_non_ignore`` is False")
+        segmentor = build_model("mmsegmentation", MODELS, model, features, refuse)
     return MMSegNetwork(segmentor, preprocess, touch)
 
 
 def import_mmseg() -> None:
     """Import and register mmsegmentation; raises UserError where the extra is not installed."""
-    from tasks.core.openmmlab import install
+    from tasks.core.openmmlab.models import importing
 
-    install()
-    try:
+    with importing("FASeg or SemanticFPN"):
         import mmdet.models  # noqa: F401  (parts of Mask2Former)
         import mmseg.models  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"{error.name} cannot be imported: install Frugal with its extra openmmlab, "
-            "pip install 'frugal-vision[openmmlab]', or take class FASeg or SemanticFPN"
-        ) from error
-    from mmengine.logging import MMLogger
-
-    # It would list how each parameter was initialised.
-    MMLogger.get_current_instance().setLevel(logging.WARNING)
 
 
 def _preprocess(options: Mapping[str, Any]) -> NormalizeAndPad:

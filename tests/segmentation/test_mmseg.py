@@ -206,7 +206,7 @@ def test_the_number_of_classes_is_the_datas_and_no_weights_are_fetched():
 
 def test_sliding_windows_and_class_weights_come_from_the_configuration():
     from tasks.core.openmmlab.config import read_model
-    from tasks.segmentation.mmseg_config import evaluation_of, with_classes
+    from tasks.segmentation.mmseg_config import evaluation_of, set_classes
     from tasks.segmentation.mmseg_network import import_mmseg
 
     import_mmseg()
@@ -217,7 +217,7 @@ def test_sliding_windows_and_class_weights_come_from_the_configuration():
     assert (slide.mode, slide.window, slide.stride) == ("slide", (1024, 1024), (768, 768))
     model = {"decode_head": {"num_classes": 3, "out_channels": 1, "loss_decode": {"class_weight": [1.0, 2.0, 3.0]}}}
     model["other"] = {"num_classes": 3, "loss_cls": {"class_weight": [1.0, 1.0, 1.0, 0.1]}}
-    with_classes(model, 2)
+    set_classes(model, 2)
     assert model["decode_head"] == {"num_classes": 2, "out_channels": None, "loss_decode": {"class_weight": None}}
     assert model["other"]["loss_cls"]["class_weight"] == [1.0, 1.0, 0.1]
 

@@ -10,7 +10,7 @@ import sys
 
 from tasks.core.errors import UserError
 
-__all__ = ["install"]
+__all__ = ["install", "missing_extra"]
 
 
 def install() -> None:
@@ -22,13 +22,18 @@ def install() -> None:
     """
     missing = [name for name in ("mmengine", "mmcv") if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(
-            f"{' and '.join(missing)} cannot be imported: install Frugal with its extra openmmlab, "
-            "pip install 'frugal-vision[openmmlab]'"
-        )
+        raise missing_extra(" and ".join(missing))
     if importlib.util.find_spec("mmcv._ext") is None:
         _provide_operations()
     from tasks.core.openmmlab import backbone  # noqa: F401  (registers itself)
+
+
+def missing_extra(names: str, instead: str = "") -> UserError:
+    """The error that packages are not installed; `instead` ends its sentence."""
+    return UserError(
+        f"{names} cannot be imported: install Frugal with its extra openmmlab, "
+        f"pip install 'frugal-vision[openmmlab]'{instead}"
+    )
 
 
 def _provide_operations() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.core.errors import UserError
+from tasks.core.openmmlab import missing_extra
 
 # Packages whose classes a model may name by their full path; other names have to be registered.
 TRUSTED = ("mmdet.models.", "mmseg.models.", "mmcv.cnn.", "mmcv.ops.", "mmengine.model.", "torch.nn.")
@@ -86,10 +87,7 @@ def _groups(model: Mapping[str, Any]) -> Sequence[str]:
 def _installed(config: str, package: str) -> Path:
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
-        raise UserError(
-            f"{package} cannot be imported: install Frugal with its extra openmmlab, "
-            "pip install 'frugal-vision[openmmlab]'"
-        )
+        raise missing_extra(package)
     folder = Path(spec.origin).parent / ".mim" / "configs"
     path = folder / config.removeprefix(f"{package}::")
     if not path.resolve().is_relative_to(folder.resolve()):
