@@ -217,9 +217,9 @@ class TestConfig:
         module = MMDetectionConfig.load_from_checkpoint(checkpoint)
         network = module.network
         assert network.detector.bbox_head.num_classes == 10
-        assert network.prepare.bgr
-        assert network.prepare.size_divisor == 16
-        assert network.prepare.mean.flatten().tolist() == [1, 2, 3]
+        assert network.preprocess.bgr
+        assert network.preprocess.size_divisor == 16
+        assert network.preprocess.mean.flatten().tolist() == [1, 2, 3]
 
     @pytest.mark.parametrize(
         ("arguments", "parts"),

@@ -3,15 +3,13 @@
 Networks are as in the configuration but for depth, width and the numbers of layers, samples and queries.
 """
 
-from pathlib import Path
-
 import pytest
 import torch
+from small_models import CHANNELS, check_training, lower, read_model, register
 
 mmdet = pytest.importorskip("mmdet", reason="the extra openmmlab is not installed")
 
 SHAPES = [[3, 128, 128], [3, 120, 128]]
-CHANNELS = (16, 32, 64, 128)  # of a ResNet-50 at a sixteenth of its width
 SMALL = {
     "feedforward_channels": 32, "fc_out_channels": 32, "conv_out_channels": 32, "num_layers": 2, "num_queries": 20,
     "max_per_img": 20, "num": 32, "nms_pre": 200, "num_blocks": 2,
@@ -38,23 +36,7 @@ DETECTORS = [
 
 @pytest.fixture(scope="module", autouse=True)
 def mmdet_without_compiler():
-    from mmengine.logging import MMLogger
-    from mmengine.registry import init_default_scope
-
-    from tasks.core.openmmlab import install
-
-    install()
-    import mmdet.models
-
-    init_default_scope("mmdet")
-    MMLogger.get_current_instance().setLevel("WARNING")  # one line per parameter
-    return mmdet.models
-
-
-def read_model(name):
-    from mmengine.config import Config
-
-    return Config.fromfile(Path(mmdet.__file__).parent / ".mim/configs" / f"{name}.py").model
+    register("mmdet")
 
 
 def shrink(model):
@@ -64,8 +46,7 @@ def shrink(model):
     if "num_points" in (model.get("train_cfg") or {}):
         model.train_cfg.num_points = 64
     model.data_preprocessor.pop("batch_augments", None)  # pads to 1024 pixels
-    for holder in walk(model):
-        holder.update({key: value for key, value in SMALL.items() if isinstance(holder.get(key), int)})
+    lower(model, SMALL)
     return model
 
 
@@ -74,14 +55,6 @@ def feed(model, channels):
         if name in model:
             part = model[name][0] if isinstance(model[name], list) else model[name]
             part.in_channels = channels
-
-
-def walk(config):
-    yield config
-    for value in config.values():
-        for inner in value if isinstance(value, list | tuple) else [value]:
-            if isinstance(inner, dict):
-                yield from walk(inner)
 
 
 def run(config, panoptic=False):
@@ -102,12 +75,7 @@ def run(config, panoptic=False):
 
 
 def check(model, losses, predictions):
-    flat = [value for loss in losses.values() for value in (loss if isinstance(loss, list) else [loss])]
-    assert flat
-    assert all(loss.isfinite().all() for loss in flat)
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    assert [name for name, p in trained.items() if p.grad is None or not p.grad.isfinite().all()] == []
-    assert any(p.grad.abs().max() > 0 for name, p in trained.items() if name.startswith("backbone."))
+    check_training(model, losses)
     for sample, shape in zip(predictions, SHAPES, strict=True):
         instances = sample.pred_instances
         assert instances.bboxes.shape == (len(instances), 4)
@@ -121,7 +89,7 @@ def check(model, losses, predictions):
 @pytest.mark.parametrize("name", DETECTORS)
 def test_configuration_of_mmdet(name):
     panoptic = name.endswith("panoptic")
-    model, losses, predictions = run(shrink(read_model(name)), panoptic)
+    model, losses, predictions = run(shrink(read_model(mmdet, name)), panoptic)
     check(model, losses, predictions)
     assert ("masks" in predictions[0].pred_instances) == ("mask" in name)
     assert ("pred_panoptic_seg" in predictions[0]) == panoptic
@@ -131,7 +99,7 @@ def test_configuration_of_mmdet(name):
 def test_backbone_of_frugal(backbone):
     from backbones import create_features
 
-    config = shrink(read_model("retinanet/retinanet_r50_fpn_1x_coco"))
+    config = shrink(read_model(mmdet, "retinanet/retinanet_r50_fpn_1x_coco"))
     config.backbone = {"type": "FrugalBackbone", "name": backbone}
     feed(config, create_features(backbone).channels)
     check(*run(config))

@@ -3,17 +3,15 @@
 Networks are as in the configuration but for width and the numbers of layers, samples and queries.
 """
 
-from pathlib import Path
-
 import pytest
 import torch
+from small_models import CHANNELS, check_training, lower, read_model, register, walk
 
 mmseg = pytest.importorskip("mmseg", reason="the extra openmmlab is not installed")
 
 SIZE = (128, 128)
 ORIGINAL_SIZE = (100, 120)
 NUM_CLASSES = 150
-CHANNELS = (16, 32, 64, 128)  # of a ResNet-50 at a sixteenth of its width
 SMALL = {"channels": 32, "feedforward_channels": 32, "num_layers": 2, "num_queries": 20}
 SEGMENTORS = [
     "sem_fpn/fpn_r50_4xb4-160k_ade20k-512x512",
@@ -26,24 +24,7 @@ SEGMENTORS = [
 
 @pytest.fixture(scope="module", autouse=True)
 def mmseg_without_compiler():
-    from mmengine.logging import MMLogger
-    from mmengine.registry import init_default_scope
-
-    from tasks.core.openmmlab import install
-
-    install()
-    import mmdet.models  # noqa: F401  (parts of Mask2Former)
-    import mmseg.models
-
-    init_default_scope("mmseg")
-    MMLogger.get_current_instance().setLevel("WARNING")  # one line per parameter
-    return mmseg.models
-
-
-def read_model(name):
-    from mmengine.config import Config
-
-    return Config.fromfile(Path(mmseg.__file__).parent / ".mim/configs" / f"{name}.py").model
+    register("mmseg")
 
 
 def shrink(model):
@@ -52,7 +33,7 @@ def shrink(model):
     for holder in walk(model):
         if holder.get("type") == "SyncBN":
             holder.type = "BN"  # one process has nothing to synchronise
-        holder.update({key: value for key, value in SMALL.items() if isinstance(holder.get(key), int)})
+    lower(model, SMALL)
     if "num_points" in (model.decode_head.get("train_cfg") or {}):
         model.decode_head.train_cfg.num_points = 64
     model.backbone.pop("init_cfg", None)
@@ -61,14 +42,6 @@ def shrink(model):
         model.backbone.update(base_channels=CHANNELS[0] // 4)
         feed(model, list(CHANNELS))
     return model
-
-
-def walk(config):
-    yield config
-    for value in config.values():
-        for inner in value if isinstance(value, list | tuple) else [value]:
-            if isinstance(inner, dict):
-                yield from walk(inner)
 
 
 def feed(model, channels):
@@ -102,11 +75,7 @@ def run(config):
 
 
 def check(model, losses, predictions):
-    assert losses
-    assert all(loss.isfinite().all() for loss in losses.values())
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    assert [name for name, p in trained.items() if p.grad is None or not p.grad.isfinite().all()] == []
-    assert any(p.grad.abs().max() > 0 for name, p in trained.items() if name.startswith("backbone."))
+    check_training(model, losses)
     for sample in predictions:
         labels = sample.pred_sem_seg.data
         assert labels.shape == (1, *ORIGINAL_SIZE)
@@ -115,14 +84,14 @@ def check(model, losses, predictions):
 
 @pytest.mark.parametrize("name", SEGMENTORS)
 def test_configuration_of_mmseg(name):
-    check(*run(shrink(read_model(name))))
+    check(*run(shrink(read_model(mmseg, name))))
 
 
 @pytest.mark.parametrize("backbone", ["lit_ti", "test_resnet"])
 def test_backbone_of_frugal(backbone):
     from backbones import create_features
 
-    config = shrink(read_model("sem_fpn/fpn_r50_4xb4-160k_ade20k-512x512"))
+    config = shrink(read_model(mmseg, "sem_fpn/fpn_r50_4xb4-160k_ade20k-512x512"))
     config.backbone = {"type": "FrugalBackbone", "name": backbone}
     feed(config, create_features(backbone).channels)
     check(*run(config))
