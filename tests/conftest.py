@@ -1,9 +1,12 @@
 """What the tests share: one thread per process, a tiny data set, the smallest configuration and the command line."""
 
 import importlib.util
+import json
 import logging
 import os
+import subprocess
 import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -19,7 +22,15 @@ if importlib.util.find_spec("triton") is not None:
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"
 
+ROOT = Path(__file__).parents[1]
 NUM_SCENES = NUM_DIGITS = 13  # no multiple of the batch size
+TRAINER = {
+    "accelerator": "cpu",
+    "log_every_n_steps": 1,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+TWO_STEPS = {**TRAINER, "max_steps": 2, "val_check_interval": 2, "check_val_every_n_epoch": None}
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -82,13 +93,7 @@ def tiny_classifier_options():
         return {
             "model": {"class_path": "Classification", "init_args": model},
             "data": {"class_path": "DigitImages", "init_args": data},
-            "trainer": {
-                "accelerator": "cpu",
-                "max_epochs": 1,
-                "log_every_n_steps": 1,
-                "enable_progress_bar": False,
-                "enable_model_summary": False,
-            },
+            "trainer": {**TRAINER, "max_epochs": 1},
         }
 
     return options
@@ -109,15 +114,7 @@ def tiny_options():
         return {
             "model": {"class_path": "FASeg", "init_args": {**network, "optim": optim}},
             "data": {"class_path": "DigitScenes", "init_args": data},
-            "trainer": {
-                "accelerator": "cpu",
-                "max_steps": 2,
-                "val_check_interval": 2,
-                "check_val_every_n_epoch": None,
-                "log_every_n_steps": 1,
-                "enable_progress_bar": False,
-                "enable_model_summary": False,
-            },
+            "trainer": {**TWO_STEPS},
         }
 
     return options
@@ -143,15 +140,7 @@ def tiny_detector_options():
         return {
             "model": {"class_path": "TorchvisionDetection", "init_args": model},
             "data": {"class_path": "DigitScenes", "init_args": data},
-            "trainer": {
-                "accelerator": "cpu",
-                "max_steps": 2,
-                "val_check_interval": 2,
-                "check_val_every_n_epoch": None,
-                "log_every_n_steps": 1,
-                "enable_progress_bar": False,
-                "enable_model_summary": False,
-            },
+            "trainer": {**TWO_STEPS},
         }
 
     return options
@@ -169,26 +158,24 @@ def write_options(options, path, changes=None):
     return str(path)
 
 
+def config_writer(options, folder):
+    """Writes `options(root)`, with dotted `changes`, to a YAML file in `folder` and returns its path."""
+    return lambda root, name="tiny", changes=None: write_options(options(root), folder / f"{name}.yaml", changes)
+
+
 @pytest.fixture
 def tiny_config(tiny_options, tmp_path):
-    """Writes `tiny_options(root)`, with dotted `changes`, to a YAML file and returns its path."""
-    return lambda root, name="tiny", changes=None: write_options(tiny_options(root), tmp_path / f"{name}.yaml", changes)
+    return config_writer(tiny_options, tmp_path)
 
 
 @pytest.fixture
 def tiny_classifier_config(tiny_classifier_options, tmp_path):
-    """Writes `tiny_classifier_options(root)`, with dotted `changes`, to a YAML file and returns its path."""
-    return lambda root, name="tiny", changes=None: write_options(
-        tiny_classifier_options(root), tmp_path / f"{name}.yaml", changes
-    )
+    return config_writer(tiny_classifier_options, tmp_path)
 
 
 @pytest.fixture
 def tiny_detector_config(tiny_detector_options, tmp_path):
-    """Writes `tiny_detector_options(root)`, with dotted `changes`, to a YAML file and returns its path."""
-    return lambda root, name="tiny", changes=None: write_options(
-        tiny_detector_options(root), tmp_path / f"{name}.yaml", changes
-    )
+    return config_writer(tiny_detector_options, tmp_path)
 
 
 class Outcome(NamedTuple):
@@ -280,3 +267,28 @@ def resolved(run_cli):
         return PARSED[name]
 
     return read
+
+
+@pytest.fixture
+def fit_sample(tmp_path):
+    """Trains a configuration of `configs/sample` as a user would, in `tmp_path`; its run folder and final metrics."""
+
+    def fit(task, name, *options, timeout=1700):
+        command = [
+            sys.executable,
+            "-m",
+            f"tasks.{task}",
+            "fit",
+            "-c",
+            str(ROOT / f"configs/sample/{name}.yaml"),
+            *options,
+        ]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=timeout)
+        assert done.returncode == 0, done.stderr[-3000:]
+        last = done.stdout.strip().splitlines()[-1]
+        assert last.startswith("report: ")
+        folder = (tmp_path / last.removeprefix("report: ")).parent
+        return folder, json.loads((folder / "report.json").read_text())["metrics"]
+
+    return fit
