@@ -187,7 +187,8 @@ class CLI(LightningCLI):
             if options.get(option) is not None:
                 raise UserError(f"model.{option}: {options[option]} was given, but it follows from the data ({source})")
         if self._get(self.config, "ckpt_path"):
-            options.pretrained = False  # the checkpoint replaces all weights; nothing is to be downloaded for it
+            if "pretrained" in options:
+                options.pretrained = False  # the checkpoint replaces all weights; nothing is to be downloaded for it
         elif self.subcommand != "fit" and not options.weights:
             rank_zero_warn(
                 f"{self.subcommand}: neither --model.weights nor --ckpt_path was given; the head is untrained"

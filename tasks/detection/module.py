@@ -74,7 +74,7 @@ class DetectionModule(TaskModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Sum of the detector's loss terms of one batch."""
         terms = self.network(batch["image"], self._targets(batch))
-        loss = self.with_loss_terms(torch.stack(list(terms.values())).sum())
+        loss = self.with_loss_terms(torch.stack([term.float() for term in terms.values()]).sum())
         self.log("train/loss", loss, prog_bar=True)
         for name, term in terms.items():
             if "." not in name and name != "loss_untouched":  # not those of every decoder layer

@@ -68,6 +68,7 @@ class TorchvisionNetwork(DetectionNetwork):
         first, last = levels or ((3, 7) if one_stage else (2, 6))
         most = 7 if one_stage else 6
         expect("model.levels", levels, 2 <= first <= 5 <= last <= most, f"2 to 5 and 5 to {most}")
+        expect("model.head_convs", head_convs, 1 <= head_convs <= 4, "1 to 4")
         self.with_masks = detector == "mask_rcnn"
         self.first_label = 0 if one_stage else 1  # two-stage detectors of torchvision call the background 0
         norm = group_norm if head_norm else None
@@ -239,7 +240,8 @@ def _two_stage(
 
 def _checked(cls: Any, options: dict[str, Any]) -> dict[str, Any]:
     """The options, if they are numbers that torchvision's class takes."""
-    known = [name for name, p in inspect.signature(cls).parameters.items() if isinstance(p.default, int | float)]
+    numbers = [name for name, p in inspect.signature(cls).parameters.items() if isinstance(p.default, int | float)]
+    known = [name for name in numbers if name not in ("min_size", "max_size")]  # images are not resized here
     for name, value in options.items():
         expect(f"model.options.{name}", value, name in known, f"one of the numbers {', '.join(known)}")
         expect(f"model.options.{name}", value, isinstance(value, int | float), "a number")

@@ -207,13 +207,16 @@ class TestConfig:
         assert not (tmp_path / "executed").exists()
 
     def test_trains_and_its_checkpoint_needs_no_file(self, run_cli, config, small, tmp_path):
-        fitted = report_of(run_cli("fit", "-c", config(allow_config_code=True)))
+        allowed = config(allow_config_code=True)
+        fitted = report_of(run_cli("fit", "-c", allowed))
         assert (tmp_path / "executed").exists()
-        assert "val/box_AP" in fitted["metrics"]
+        checkpoint = tmp_path / "runs/detection/tiny/version_0/checkpoints/last.ckpt"
+        validated = report_of(run_cli("validate", "-c", allowed, "--ckpt_path", checkpoint))
+        assert validated["metrics"]["val/box_AP"] == fitted["metrics"]["val/box_AP"]
+
         small.unlink()
         from tasks.detection.module import MMDetectionConfig
 
-        checkpoint = tmp_path / "runs/detection/tiny/version_0/checkpoints/last.ckpt"
         module = MMDetectionConfig.load_from_checkpoint(checkpoint)
         network = module.network
         assert network.detector.bbox_head.num_classes == 10

@@ -9,7 +9,7 @@ from pycocotools import mask as rle
 from torch import nn
 
 from tasks.core.preprocess import NormalizeAndPad
-from tasks.detection import mmdet_models
+from tasks.detection import mmdet_models, mmdet_queries
 from tasks.detection.mmdet_models import MODELS, model_dict
 from tasks.detection.mmdet_network import MMDetNetwork, build_detector
 from tasks.detection.network import record
@@ -77,7 +77,8 @@ def torchvision_network(detector):
 
 
 def mmdet_network(detector, monkeypatch):
-    monkeypatch.setattr(mmdet_models, "WIDTH", 32)
+    for models in (mmdet_models, mmdet_queries):
+        monkeypatch.setattr(models, "WIDTH", 32)
     backbone = Maps()
     if detector in ("deformable_detr", "dino"):
         backbone.convs[0].requires_grad_(False)  # they have no use for it; backbones are chains

@@ -15,8 +15,11 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     ("config", "steps", "least"),
-    # enough of each to tell a detector that learns from one that does not
-    [("retinanet_litv2", 600, {"val/box_AP50": 0.60}), ("mask_rcnn_litv2", 150, {"val/box_AP50": 0.1})],
+    # most of Mask R-CNN's run, and enough of RetinaNet's, which learns more slowly, to tell that it learns
+    [
+        ("mask_rcnn_litv2", 350, {"val/box_AP50": 0.80, "val/mask_AP50": 0.80}),
+        ("retinanet_litv2", 250, {"val/box_AP50": 0.12}),
+    ],
 )
 def test_sample_reaches_its_score_on_unseen_digits(config, steps, least, tmp_path):
     command = [sys.executable, "-m", "tasks.detection", "fit", "-c", str(ROOT / f"configs/sample/{config}.yaml")]
