@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tasks.core.check import read_all
 from tasks.core.data import DataError
@@ -239,6 +240,16 @@ class DetectionDataModule(VideoDataModule[list[Video]]):
 
     def _evaluation_dataset(self, videos: Sequence[Video]) -> EvaluationWindows:
         return EvaluationWindows(videos, self._sources, self._clips, self.offsets)
+
+    def thumbnails(self, id: str, count: int) -> NDArray[np.uint8] | None:
+        """RGB frames (count, H, W, 3) from the middles of equal parts of an opened video; None without RGB frames."""
+        source = self._sources[id]
+        crop = self._clips.centre(source)
+        if crop is None or isinstance(source, FeatureArray):
+            return None
+        places = ((np.arange(count) + 0.5) / count * len(source)).astype(int).tolist()
+        frames = np.concatenate([source.read(place, place + 1, crop) for place in places], axis=1)
+        return frames.transpose(1, 2, 3, 0) if len(frames) == 3 else None
 
     # -- files --------------------------------------------------------------------------------------------------------
 

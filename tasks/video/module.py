@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor, nn
 
 from backbones.video_features import create_video_features
@@ -281,15 +283,18 @@ class TemporalActionDetection(VideoModule):
         return {window_key(id, offset): {**record, "duration": self._durations[id]} for id, offset, record in found}
 
     def prediction_files(self, records: Mapping[str, dict[str, Any]]) -> Iterator[tuple[str, bytes]]:
-        """ActivityNet's json of all videos, and of each video a table and subtitles."""
+        """ActivityNet's json of all videos, and of each video a table, subtitles and a picture of its timeline."""
+        from tasks.video.timeline import FRAMES, action_timeline
+
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         names = list(data.class_names)
         self._durations |= {key.rpartition("@")[0]: record["duration"] for key, record in records.items()}
         videos = merge_windows(records, self.merge_detections)
         yield activitynet_json(videos, names)
-        for id, found in videos.items():
+        for id, found in track(videos.items(), "Drawing timelines", console=Console(stderr=True), transient=True):
             yield action_csv(id, found, names)
             yield action_srt(id, found, names)
+            yield action_timeline(id, found, names, self._durations[id], data.thumbnails(id, FRAMES))
 
 
 def _input_name(batch: Mapping[str, Any]) -> str:

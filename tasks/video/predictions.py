@@ -17,6 +17,7 @@ from tasks.video.segments import Row
 Detections = dict[str, Any]  # "segments" (n, 2) in seconds, "scores" (n,), "labels" (n,): arrays or tensors
 Merge = Callable[[str, Detections], Detections]
 COLUMNS = ("segments", "scores", "labels")
+SHOWN_FROM = 0.3  # score of the detections that people are shown
 
 
 def window_key(id: str, offset: float) -> str:
@@ -79,7 +80,9 @@ def action_csv(id: str, found: Detections, class_names: Sequence[str]) -> tuple[
     return f"{id}.csv", text.getvalue().encode()
 
 
-def action_srt(id: str, found: Detections, class_names: Sequence[str], threshold: float = 0.3) -> tuple[str, bytes]:
+def action_srt(
+    id: str, found: Detections, class_names: Sequence[str], threshold: float = SHOWN_FROM
+) -> tuple[str, bytes]:
     """The detections of one video of at least the score `threshold` as subtitles, which video players show."""
     rows = [row for row in _by_time(id, found, class_names) if row[4] >= threshold]
     blocks = [
