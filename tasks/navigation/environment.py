@@ -382,7 +382,7 @@ class NavigationEnvironment:
     def _pose(self, row: int) -> list[str | float]:
         view = int(self.view_index[row])
         viewpoint = self._graph(row).viewpoints[self.number[row]]
-        return [viewpoint, float(view_heading(view)), float(view_elevation(view))]
+        return [viewpoint, view % NUM_HEADINGS * STEP, (view // NUM_HEADINGS - 1) * STEP]
 
     def _move(self, row: int, place: Surroundings, option: int) -> None:
         """Look at the neighbour, tilting first and then turning right, and go there."""
@@ -412,18 +412,22 @@ class NavigationEnvironment:
 
     def _directions(self, around: Sequence[Surroundings]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Orientation features (N, 4) and direction classes (N,)."""
-        features, classes = [], []
-        for row, place in enumerate(around):
-            heading = place.headings - view_heading(self.view_index[row])
-            elevation = place.elevations - (view_elevation(self.view_index[row]) if self.relative_elevation else 0)
-            features.append(angle_features(heading, elevation))
-            stop = angle_features([self.stop_angle], [0.0]) if self.t else np.zeros((1, 4), dtype=np.float32)
-            features.append(stop)
-            where = direction_class(heading)
-            classes.append(np.append(np.full_like(where, UNLABELLED) if self.ended[row] else where, UNLABELLED))
-        if not features:
-            return np.zeros((0, 4), dtype=np.float32), np.zeros(0, dtype=np.int64)
-        return np.concatenate(features), np.concatenate(classes)
+        count = np.array([len(place.candidates) + 1 for place in around], dtype=np.int64)
+        stop = np.cumsum(count) - 1  # rows
+        none = [np.zeros(0)]
+        heading = np.concatenate([*(np.append(place.headings, np.nan) for place in around), *none])
+        elevation = np.concatenate([*(np.append(place.elevations, 0.0) for place in around), *none])
+        heading -= np.repeat(view_heading(self.view_index), count)
+        if self.relative_elevation:
+            elevation -= np.repeat(view_elevation(self.view_index), count)
+        heading[stop], elevation[stop] = self.stop_angle, 0.0
+        features = angle_features(heading, elevation)
+        if not self.t:
+            features[stop] = 0.0
+        classes = direction_class(heading)
+        classes[stop] = UNLABELLED
+        classes[np.repeat(self.ended, count)] = UNLABELLED
+        return features, classes
 
     def _supervision(self, around: Sequence[Surroundings]) -> tuple[NDArray[np.int64], ...]:
         """Teacher's option, room of its viewpoint and room of the goal, each (B,)."""

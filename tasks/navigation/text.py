@@ -110,6 +110,15 @@ class WordPieces:
                 break
         return (*ids[: self.max_text - 1], self._index[SEP_PIECE])
 
+    def is_cut(self, text: str) -> bool:
+        """Whether an instruction has more word pieces than `encode` keeps."""
+        return sum(len(self._ids_of(word)) for word in text.lower().split()) > self.max_text - 2
+
+    @property
+    def unknown(self) -> int:
+        """The id that stands for words of unknown pieces."""
+        return self._index[UNK_PIECE]
+
     def decode(self, ids: Iterable[int]) -> list[str]:
         """The piece of each id."""
         return [self.pieces[number] for number in ids]
