@@ -68,7 +68,9 @@ class OrientationEmbedding(nn.Module):
         return embedded
 
 
-def join(text: Tensor, text_length: Tensor, objects: Tensor, num_objects: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+def join(
+    text: Tensor, text_length: Tensor, objects: Tensor, num_objects: Tensor, last: Tensor
+) -> tuple[Tensor, Tensor]:
     """Put the valid tokens of each row one after the other: text, objects, one last token.
 
     Args:

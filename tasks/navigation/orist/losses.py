@@ -26,9 +26,7 @@ def imitation_losses(step: Step, seen: Observation, progress: Tensor | None = No
     own = step.progress.detach().sigmoid()
     return {
         "action": F.cross_entropy(scores, seen.teacher.to(device), ignore_index=ENDED, reduction="sum"),
-        "progress": F.binary_cross_entropy_with_logits(
-            step.progress, torch.where(seen.ended.to(device), own, goal)
-        ),
+        "progress": F.binary_cross_entropy_with_logits(step.progress, torch.where(seen.ended.to(device), own, goal)),
         "direction": _mean_cross_entropy(step.direction, seen.direction.to(device)),
         "next_room": _mean_cross_entropy(step.next_room, seen.next_room.to(device)),
         "target_room": _mean_cross_entropy(step.target_room, seen.target_room.to(device)),
@@ -40,12 +38,12 @@ def weighted(terms: dict[str, Tensor]) -> Tensor:
     return torch.stack([ROOM_WEIGHT * term if "_room" in name else term for name, term in terms.items()]).sum()
 
 
-def room_presence_loss(room_presence: Tensor, targets: Tensor) -> Tensor:
-    """Binary cross-entropy of the rooms around options, (n, R) logits and targets, as the official code has it.
+def room_presence_loss(probabilities: Tensor, targets: Tensor) -> Tensor:
+    """Binary cross-entropy of the rooms around options, both (B, C, R) and padded, as the official code has it.
 
-    There the probabilities are taken for logits, so the sigmoid is applied twice.
+    There probabilities are taken for logits, and what pads them counts. No published model was trained with it.
     """
-    return F.binary_cross_entropy_with_logits(room_presence.sigmoid(), targets)
+    return F.binary_cross_entropy_with_logits(probabilities, targets)
 
 
 def _mean_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from tasks.navigation.orist.embeddings import (
     TextEmbeddings,
     join,
 )
-from tasks.navigation.orist.encoder import Layer
+from tasks.navigation.orist.encoder import Encoder, Pooler
 
 INITIAL_STD = 0.02
 NUM_DIRECTIONS = 4
@@ -96,16 +96,8 @@ class Uniter(nn.Module):
         self.embeddings = TextEmbeddings(vocab_size, hidden_dim, max_positions)
         self.img_embeddings = ObjectEmbeddings(feature_dim, hidden_dim)
         self.orien_embeddings = OrientationEmbedding(hidden_dim)
-        layers = [
-            Layer(hidden_dim, num_heads, feedforward_dim, dropout, attention_dropout) for _ in range(num_layers)
-        ]
-        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(layers)})
-        self.pooler = nn.ModuleDict({"dense": nn.Linear(hidden_dim, hidden_dim)})
-
-    @property
-    def layers(self) -> list[Layer]:
-        """The encoder's layers."""
-        return list(self.encoder["layer"])  # type: ignore[arg-type]
+        self.encoder = Encoder(num_layers, hidden_dim, num_heads, feedforward_dim, dropout, attention_dropout)
+        self.pooler = Pooler(hidden_dim)
 
     def tokens(self, options: Options, state: Tensor | None) -> tuple[Tensor, Tensor]:
         """Sequences (N, L, D) and their padding (N, L); `state` (B, D) replaces the first token."""
@@ -119,17 +111,6 @@ class Uniter(nn.Module):
         orientation = self._drop(self.orien_embeddings(options.orientation))
         text_length = options.text_length.repeat_interleave(options.num_options)
         return join(text, text_length, objects, options.num_objects, orientation)
-
-    def forward(self, x: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
-        """The first token (N, D) after the last layer, and what that layer read (N, L, D)."""
-        *layers, last = self.layers
-        for layer in layers:
-            x = layer(x, padding)
-        return last(x, padding, first_only=True)[:, 0], x
-
-    def pool(self, first: Tensor) -> Tensor:
-        """The embedding of each option (N, D), from its first token."""
-        return torch.tanh(self.pooler["dense"](first))
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training)
@@ -208,18 +189,20 @@ class ORISTNetwork(nn.Module):
         if self.training and self.feature_dropout:
             options = options._replace(objects=F.dropout(options.objects, self.feature_dropout))
         x, padding = self.uniter.tokens(options, None if memory is None else memory.state)
-        first, read = self.uniter(x, padding)
-        pooled = self.uniter.pool(first)
+        first, read = self.uniter.encoder(x, padding)
+        pooled = self.uniter.pooler(first)
         return self._heads(options, memory, first, pooled, self._attended(options, read, padding) if attend else None)
 
-    def remember(self, memory: Memory | None, step: Step, rows: Tensor, moved: Tensor) -> Memory:
-        """The memory for the next step: episodes that moved (B,) take the new state; `rows` (B,) are the chosen ones.
+    def remember(self, memory: Memory | None, step: Step, rows: Tensor, moved: Tensor, of: Tensor) -> Memory:
+        """The memory of b episodes for the next step, each of which continues episode `of` (b,) of this one.
 
-        As in the official code the LSTM's cell is renewed for all.
+        Those that `moved` (b,) take the new state, `rows` (b,) being the options that they chose. As in the official
+        code the LSTM's cell is renewed for all.
         """
-        state = step.memory.state if self.lstm is not None else step.memory.state[rows]
-        old = torch.zeros_like(state) if memory is None else memory.state
-        return Memory(torch.where(moved[:, None], state, old), step.memory.cell)
+        state = step.memory.state[of if self.lstm is not None else rows]
+        old = torch.zeros_like(state) if memory is None else memory.state[of]
+        cell = None if step.memory.cell is None else step.memory.cell[of]
+        return Memory(torch.where(moved[:, None], state, old), cell)
 
     def _heads(
         self, options: Options, memory: Memory | None, first: Tensor, pooled: Tensor, attended: Tensor | None
@@ -243,7 +226,7 @@ class ORISTNetwork(nn.Module):
 
     def _attended(self, options: Options, read: Tensor, padding: Tensor) -> Tensor:
         """Attention of the first token to the objects (N, K), 0 where there is none."""
-        weights = self.uniter.layers[-1].first_token_weights(read, padding)
+        weights = self.uniter.encoder.layers[-1].attention.first_token_weights(read, padding)
         number = torch.arange(options.objects.shape[1], device=weights.device)
         start = options.text_length.repeat_interleave(options.num_options)[:, None]
         at = (start + number).clamp(max=weights.shape[1] - 1)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from tasks.core.errors import expect
@@ -53,13 +53,14 @@ class BertAdamW(torch.optim.Optimizer):
     def _update(self, params: list[nn.Parameter], group: dict[str, Any]) -> None:
         beta1, beta2 = group["betas"]
         lr = float(group["lr"])
-        grads, averages, squares, sizes = [], [], [], []
+        weights: list[Tensor] = list(params)
+        grads = [p.grad for p in params if p.grad is not None]
+        averages, squares, sizes = [], [], []
         for p in params:
             state = self.state[p]
             if not state:
                 state.update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
             state["step"] += 1
-            grads.append(p.grad)
             averages.append(state["exp_avg"])
             squares.append(state["exp_avg_sq"])
             count = state["step"]
@@ -70,9 +71,9 @@ class BertAdamW(torch.optim.Optimizer):
         torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
         roots = torch._foreach_sqrt(squares)
         torch._foreach_add_(roots, group["eps"])
-        torch._foreach_addcdiv_(params, averages, roots, sizes)
+        torch._foreach_addcdiv_(weights, averages, roots, sizes)
         if group["weight_decay"]:
-            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+            torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
 
 
 def parameter_groups(
