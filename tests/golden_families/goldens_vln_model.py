@@ -364,7 +364,7 @@ def check_groups(network, groups):
         expected |= dict.fromkeys(members, (1.0 if part == "body" else 10.0, 0.01 if decay == "decay" else 0.0))
     found = {
         names[id(parameter)]: (group["lr"], group["weight_decay"])
-        for group in parameter_groups(network, 1.0, 0.01, network.head_names, 10.0)
+        for group in parameter_groups(network, 1.0, 0.01, dict.fromkeys(network.head_names, 10.0))
         for parameter in group["params"]
     }
     unused = {"uniter.img_embeddings.mask_embedding.weight"}  # never has a gradient, so it never moves

@@ -23,7 +23,7 @@ from tasks.navigation.orist.embeddings import (
 )
 from tasks.navigation.orist.encoder import Encoder, Pooler
 
-INITIAL_STD = 0.02
+INITIAL_STD, INITIAL_WIDTH = 0.02, 768  # of BERT-base
 NUM_DIRECTIONS = 4
 LEAK = 0.01
 
@@ -172,7 +172,8 @@ class ORISTNetwork(nn.Module):
         self.target_region_pred = MLP(hidden_dim, num_rooms)
         self.lstm = nn.LSTMCell(hidden_dim, hidden_dim) if use_lstm else None
         self.critic = nn.Linear(hidden_dim, 1)
-        self.apply(_initialise)
+        std = INITIAL_STD * (INITIAL_WIDTH / hidden_dim) ** 0.5  # attention must not begin flat in narrow networks
+        self.apply(lambda module: _initialise(module, std))
 
     @property
     def head_names(self) -> list[str]:
@@ -257,10 +258,10 @@ def mean_of_neighbours(pooled: Tensor, num_options: Tensor) -> Tensor:
     return total / neighbours.clamp(min=1)[:, None].to(pooled.dtype)
 
 
-def _initialise(module: nn.Module) -> None:
+def _initialise(module: nn.Module, std: float) -> None:
     """BERT's initial values; the LSTM keeps PyTorch's."""
     if isinstance(module, nn.Linear | nn.Embedding):
-        nn.init.normal_(module.weight, std=INITIAL_STD)
+        nn.init.normal_(module.weight, std=std)
     if isinstance(module, nn.Linear):
         nn.init.zeros_(module.bias)
     if isinstance(module, nn.Embedding) and module.padding_idx is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -77,23 +77,29 @@ class BertAdamW(torch.optim.Optimizer):
 
 
 def parameter_groups(
-    network: nn.Module, lr: float, weight_decay: float, heads: Iterable[str], head_factor: float
+    network: nn.Module, lr: float, weight_decay: float, lr_multipliers: Mapping[str, float]
 ) -> list[dict[str, Any]]:
-    """Parameters by learning rate and weight decay; those of `heads` learn `head_factor` times as fast."""
-    prefixes = tuple(f"{head}." for head in heads)
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for name, parameter in network.named_parameters():
-        if parameter.requires_grad:
-            decayed = not any(part in name for part in UNDECAYED)
-            groups.setdefault((name.startswith(prefixes), decayed), []).append(parameter)
+    """Parameters by learning rate and weight decay; `lr_multipliers` are factors by prefix of the name.
+
+    Raises UserError for a prefix of no parameter.
+    """
+    names = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
+    for prefix in lr_multipliers:
+        found = any(name.startswith(f"{prefix}.") for name in names)
+        expect("optim.lr_multipliers", prefix, found, "the beginning of a parameter's name, up to a dot")
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name in names:
+        factors = [factor for prefix, factor in lr_multipliers.items() if name.startswith(f"{prefix}.")]
+        decayed = not any(part in name for part in UNDECAYED)
+        groups.setdefault((factors[0] if factors else 1.0, decayed), []).append(network.get_parameter(name))
     return [
         {
             "params": params,
-            "lr": lr * (head_factor if head else 1.0),
+            "lr": lr * factor,
             "weight_decay": weight_decay if decayed else 0.0,
-            "name": ("heads" if head else "base") + ("" if decayed else " no decay"),
+            "name": ("base" if factor == 1 else f"{factor:g} x base") + ("" if decayed else " no decay"),
         }
-        for (head, decayed), params in groups.items()
+        for (factor, decayed), params in groups.items()
     ]
 
 
