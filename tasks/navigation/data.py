@@ -1,7 +1,7 @@
 """The data sets of navigation; each docstring shows the layout on disk.
 
-All need ``connectivity/`` of the Matterport3D simulator, object features (`tasks.navigation.features`), word pieces of a
-BERT in ``vocab.txt`` and, for the room heads, ``house_panos_gt.json``.
+All need ``connectivity/`` of the Matterport3D simulator, object features (`tasks.navigation.features`), word pieces
+of a BERT in ``vocab.txt`` and, for the room heads, ``house_panos_gt.json``.
 """
 
 from __future__ import annotations

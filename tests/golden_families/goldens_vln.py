@@ -6,7 +6,6 @@ Each of the two modules looks at what a case contains and returns None if it is 
 import goldens_vln_model
 import goldens_vln_world
 
-
 # The world's cases compare by themselves.
 is_expected = getattr(goldens_vln_model, "is_expected", lambda name: name.startswith("out."))
 tolerance = getattr(goldens_vln_model, "tolerance", lambda name: None)

@@ -306,7 +306,8 @@ DUET_SUMMARY = {
 }  # fmt: skip
 ORIST_SUMMARY = {
     "lengths": "TL", "length": "TL", "nav_error": "NE", "oracle_error": "OE", "oracle_rate": "OSR", "spl": "SPL",
-    "success_rate": "SR", "goal_progress": "GP", "oracle_success": "OSR", "oracle_path_success": "OPSR", "success": "SR",
+    "success_rate": "SR", "success": "SR", "goal_progress": "GP", "oracle_success": "OSR",
+    "oracle_path_success": "OPSR",
 }  # fmt: skip
 
 
