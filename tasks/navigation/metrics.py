@@ -37,7 +37,7 @@ class NavigationMetrics(Metric):
         self.gathered: dict[str, Any] = {}
 
     def update(self, records: Mapping[str, Mapping[str, Any]]) -> None:
-        """Add ``{"<split>/<id>": {"trajectory": rows of viewpoint, heading, elevation, "object": id or None, ...}}``."""
+        """Add records by key: ``{"trajectory": rows of viewpoint, heading, elevation, "object": id or None, ...}``."""
         if repeated := records.keys() & self.records.keys():
             raise UserError(f"episode {min(repeated)!r} was evaluated twice; expected each once")
         self.records.update(records)
