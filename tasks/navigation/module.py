@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from tasks.core.errors import expect
-from tasks.core.evaluation import gather_by_id
+from tasks.core.evaluation import all_gather
 from tasks.core.module import TaskModule
 from tasks.core.optim import OptimConfig
 from tasks.core.report import ReportParts
 from tasks.navigation.agent import A2CConfig, Agent
 from tasks.navigation.environment import NavigationEnvironment
 from tasks.navigation.episodes import Episode
-from tasks.navigation.evaluators import EVALUATORS, Evaluation
+from tasks.navigation.evaluators import EVALUATORS, Evaluator
+from tasks.navigation.metrics import NavigationMetrics
 from tasks.navigation.orist.network import ORISTNetwork
 from tasks.navigation.orist.optim import BertAdamW, linear_schedule, parameter_groups
 from tasks.navigation.weights import load_weights
@@ -35,14 +36,17 @@ class NavigationModule(TaskModule):
 
     task = "navigation"
     monitor = "val_unseen/SR"
+    from_data: ClassVar[Mapping[str, str]] = {
+        name: name for name in ("vocab_size", "feature_dim", "num_rooms", "dataset")
+    }
     network: ORISTNetwork
 
     def __init__(self, dataset: str, optim: OptimConfig | dict[str, Any] | None, ema_decay: float | None) -> None:
         super().__init__(optim, ema_decay)
         expect("model.dataset", dataset, dataset in HEADLINES, f"one of {', '.join(HEADLINES)}")
         self.monitor = f"val_unseen/{HEADLINES[dataset]}"  # type: ignore[misc]
-        self._records: dict[str, Any] = {}
-        self._last: dict[str, Any] = {}
+        self.metrics = nn.ModuleDict({f"{stage}_metrics": NavigationMetrics() for stage in ("val", "test")})
+        self._last: NavigationMetrics | None = None
 
     @property
     def data(self) -> Any:
@@ -59,25 +63,33 @@ class NavigationModule(TaskModule):
 
     def evaluation_step(self, batch: list[Episode], stage: str) -> None:
         """Walk through one batch of episodes, of any splits."""
-        self._records.update(self.walk(batch))
+        self.metrics_of(stage).update(self.walk(batch))
 
     def evaluation_results(self, stage: str) -> dict[str, float | Tensor]:
-        """The figures of each split, named ``<split>/<figure>``; keeps what the report shows."""
-        records = gather_by_id(self._records)
-        self._records = {}
-        by_split: dict[str, dict[str, Any]] = {}
-        for key, record in records.items():
-            split, _, id = key.partition("/")
-            by_split.setdefault(split, {})[id] = record
-        evaluations: dict[str, Evaluation] = {}
-        for split, own in by_split.items():
-            # fewer than all in Lightning's sanity check and with limited batches
-            episodes = [episode for episode in self.data.samples(split) if episode.id in own]
-            evaluations[split] = EVALUATORS[self.data.dataset](
-                episodes, self.data.graphs, self.data.definition
-            ).evaluate(own)
-        self._last = {"evaluations": evaluations, "records": records}
-        return {f"{split}/{name}": v for split, found in evaluations.items() for name, v in found.summary.items()}
+        """The figures of each split, named ``<split>/<figure>``."""
+        metrics = self.metrics_of(stage)
+        metrics.evaluators = self._evaluators(metrics)
+        results = metrics.compute()
+        metrics.reset()
+        self._last = metrics
+        return dict(results)
+
+    def metrics_of(self, stage: str) -> NavigationMetrics:
+        """The metrics of a stage, `val` or `test`."""
+        return cast(NavigationMetrics, self.metrics[f"{stage}_metrics"])
+
+    def _evaluators(self, metrics: NavigationMetrics) -> dict[str, Evaluator]:
+        """What scores each split; in Lightning's sanity check and with limited batches, the part of it at hand."""
+        walked = {key for part in all_gather(sorted(metrics.records)) for key in part}
+        evaluators: dict[str, Evaluator] = {}
+        for split in sorted({key.partition("/")[0] for key in walked}):
+            episodes = self.data.samples(split)
+            own = [episode for episode in episodes if episode.key in walked]
+            known = metrics.evaluators.get(split)
+            if known is None or len(own) != len(known.episodes):
+                known = EVALUATORS[self.data.dataset](own, self.data.graphs, self.data.definition)
+            evaluators[split] = known
+        return evaluators
 
     def _log_results(self, stage: str) -> None:
         for name, value in self.evaluation_results(stage).items():
@@ -135,19 +147,12 @@ class ORIST(NavigationModule):
         ema_decay: Decay of the moving average of the weights; None trains without.
     """
 
-    from_data = {  # noqa: RUF012 (declared by the base)
-        "vocab_size": "vocab_size",
-        "feature_dim": "feature_dim",
-        "num_rooms": "num_rooms",
-        "dataset": "dataset",
-    }
-
     def __init__(
         self,
         vocab_size: int,
-        feature_dim: int = 2048,
-        num_rooms: int = 31,
-        dataset: Literal["r2r", "reverie", "ndh"] = "r2r",
+        feature_dim: int,
+        num_rooms: int,
+        dataset: Literal["r2r", "reverie", "ndh"],
         weights: str | None = None,
         pretrained: bool = False,
         hidden_dim: int = 768,
