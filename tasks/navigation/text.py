@@ -162,9 +162,3 @@ def read_word_pieces(path: Path) -> list[str]:
         repeated = next(piece for piece, count in Counter(pieces).items() if count > 1)
         raise DataError(f"{path}: {repeated!r} occurs twice; expected different word pieces, one per line")
     return pieces
-
-
-def join_turns(messages: Iterable[tuple[str, str]], target: str) -> str:
-    """A dialogue as CVDN writes it: ``<NAV>`` or ``<ORA>`` before each (role, message), ``<TAR>`` before the target."""
-    turns = [f"{'<NAV>' if role == 'navigator' else '<ORA>'} {message}" for role, message in messages]
-    return " ".join([*turns, f"<TAR> {target}"])
