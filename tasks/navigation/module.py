@@ -106,6 +106,17 @@ class NavigationModule(TaskModule):
         """The file that the leaderboard of the data set takes."""
         yield from self.data.submission_files(records)
 
+    def report_parts(self, datamodule: LightningDataModule) -> ReportParts:
+        """Tables by scan and path length, maps of the best and worst episodes and their steps."""
+        if self._last is None:
+            return ReportParts()
+        from tasks.navigation.report import navigation_report  # draws, which training does not need
+
+        data: Any = datamodule
+        found = self._last.evaluations
+        episodes = {episode.key: episode for split in found for episode in data.samples(split)}
+        return navigation_report(found, self._last.gathered, episodes, data.graphs)
+
     def example_input(self) -> Tensor:
         """Word pieces of one instruction of full length, which stand for one option."""
         return torch.ones(1, self.data.max_text, dtype=torch.int64, device=self.device)
@@ -266,7 +277,3 @@ class ORIST(NavigationModule):
             episode.key: {"trajectory": walk.trajectory, "object": None, "steps": list(walk.steps)}
             for episode, walk in zip(episodes, walks, strict=True)
         }
-
-    def report_parts(self, datamodule: LightningDataModule) -> ReportParts:
-        """Tables by scan and path length, maps of the best and worst episodes, their steps."""
-        return ReportParts()
