@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
+from rich.table import Column, Table
 
 from tasks.core.check import Findings
 from tasks.core.data import DataError
@@ -176,9 +176,8 @@ def problem_of_path(graph: ScanGraph, episode: Episode) -> str | None:
 def print_result(result: CheckResult) -> None:
     """Print what the splits hold, notes and problems."""
     console = Console()
-    table = Table(
-        "split", "instructions", "scans", "viewpoints", "metres", "words", "cut", "unknown words", title="Episodes"
-    )
+    names = ("instructions", "scans", "viewpoints", "metres", "words", "cut", "unknown words")
+    table = Table(Column("split", no_wrap=True), *names, title="Episodes")
     for split, summary in result.splits.items():
         nodes = sorted(summary.nodes)
         table.add_row(

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch.utils.data import Dataset
 
 from tasks.core.data import DataError
@@ -167,6 +168,12 @@ class NavigationDataModule(SplitDataModule[list[Episode]]):
     def predict_dataset(self) -> EpisodeDataset:
         """The episodes of `predict_split`."""
         return EpisodeDataset(self.samples(self.predict_split))
+
+    def transfer_batch_to_device(
+        self, batch: list[Episode], device: torch.device, dataloader_idx: int
+    ) -> list[Episode]:
+        """Episodes stay where they are: agents move what their networks read."""
+        return batch
 
     # -- world ------------------------------------------------------------------------------------------------------
 

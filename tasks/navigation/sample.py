@@ -104,7 +104,7 @@ def write_sample(root: str | Path, num_train: int = 48, num_unseen: int = 10, se
     for split, entries in splits.items():
         (root / f"R2R_{split}.json").write_text(json.dumps(entries))
     (root / "house_panos_gt.json").write_text(json.dumps(rooms))
-    words = build_vocabulary((text for entry in splits["train"] for text in entry["instructions"]), min_count=1)
+    words = build_vocabulary(all_sentences(), min_count=1)  # also what no house at hand happens to have
     (root / "train_vocab.txt").write_text("".join(f"{word}\n" for word in words))
     pieces = [PAD_PIECE, UNK_PIECE, CLS_PIECE, SEP_PIECE, *sorted(words[3:])]
     (root / "vocab.txt").write_text("".join(f"{piece}\n" for piece in pieces))
@@ -188,6 +188,15 @@ def annotate(generator: np.random.Generator, house: House, number: int) -> list[
 def past_all(names: Sequence[str]) -> str:
     """The landmarks on the way as a phrase."""
     return " and ".join(f"the {name}" for name in names)
+
+
+def all_sentences() -> list[str]:
+    """Sentences that have every word of the instructions."""
+    return [
+        template.format(room=room, past=past_all(names), goal=names[0])
+        for template in TEMPLATES
+        for room, names in FURNITURE.items()
+    ]
 
 
 def connectivity(graph: ScanGraph) -> list[dict[str, Any]]:
