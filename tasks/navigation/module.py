@@ -53,10 +53,6 @@ class NavigationModule(TaskModule):
         """The datamodule of the run."""
         return self.trainer.datamodule  # type: ignore[attr-defined]
 
-    def transfer_batch_to_device(self, batch: list[Episode], device: torch.device, dataloader_idx: int) -> Any:
-        """Episodes stay where they are; the agent moves what the network reads."""
-        return batch
-
     def walk(self, episodes: list[Episode]) -> dict[str, dict[str, Any]]:
         """Records of finished episodes by key: `trajectory`, `object` and `steps`."""
         raise NotImplementedError
