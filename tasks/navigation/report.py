@@ -44,7 +44,7 @@ def navigation_report(
         parts.tables.append(group_table(f"{split}: by path length", "annotated path", evaluation, lengths))
         parts.tables.append(group_table(f"{split}: by scan", "scan", evaluation, list(evaluation.scans)))
     for split, evaluation in list(evaluations.items())[-1:]:  # val_unseen: what the headline speaks of
-        best, worst = extremes(evaluation)
+        best, worst = extremes(evaluation, [episodes[f"{split}/{id}"].path for id in evaluation.ids])
         for title, rows in (("Best episodes", best), ("Worst episodes", worst)):
             for row in rows:
                 key = f"{split}/{evaluation.ids[row]}"
@@ -79,14 +79,20 @@ def outcomes(split: str, evaluation: Evaluation) -> Table:
     return Table(f"{split}: outcomes", ["outcome", "instructions", "%"], rows)
 
 
-def extremes(evaluation: Evaluation) -> tuple[list[int], list[int]]:
-    """Rows of the best and of the worst episodes, the longer ones first among equals; none is in both."""
+def extremes(evaluation: Evaluation, paths: Sequence[tuple[str, ...]]) -> tuple[list[int], list[int]]:
+    """Rows of the best and of the worst episodes, the longer ones first among equals, each path at most once."""
     score = next(evaluation.table[name] for name in RANKING if name in evaluation.table)
     length = evaluation.table["shortest"]
-    order = sorted(range(len(score)), key=lambda row: (-score[row], -length[row], evaluation.ids[row]))
-    best = order[:EPISODES]
-    worst = sorted(order[EPISODES:], key=lambda row: (score[row], -length[row], evaluation.ids[row]))
-    return best, worst[:EPISODES]
+    chosen: list[list[int]] = []
+    seen: set[tuple[str, ...]] = set()
+    for sign in (-1, 1):
+        rows: list[int] = []
+        for row in sorted(range(len(score)), key=lambda row: (sign * score[row], -length[row], evaluation.ids[row])):
+            if len(rows) < EPISODES and paths[row] not in seen:
+                seen.add(paths[row])
+                rows.append(row)
+        chosen.append(rows)
+    return chosen[0], chosen[1]
 
 
 def caption(episode: Episode, evaluation: Evaluation, row: int) -> str:

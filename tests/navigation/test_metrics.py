@@ -29,7 +29,8 @@ def random_episodes(graphs, count, nodes, steps, seed=0):
     episodes, walks = [], {}
     for number in range(count):
         graph = graphs[list(graphs)[number % len(graphs)]]
-        path = walk(generator, graph, generator.integers(len(graph)), int(generator.integers(*nodes)))
+        start = graph.index[graph.nodes[generator.integers(len(graph.nodes))]]
+        path = walk(generator, graph, start, int(generator.integers(*nodes)))
         episode = Episode(f"{number}_0", "val", graph.scan, tuple(path), 0.0, "")
         episodes.append(episode)
         walks[episode.id] = walk(generator, graph, graph.index[path[0]], int(generator.integers(*steps)))
