@@ -153,6 +153,9 @@ def call_cli(task, args, capture):
     if task == "classification":
         from tasks.classification.data import ClassificationDataModule as DataModule
         from tasks.classification.module import Classification as Module
+    elif task == "navigation":
+        from tasks.navigation.data import NavigationDataModule as DataModule
+        from tasks.navigation.module import NavigationModule as Module
     else:
         from tasks.segmentation.data import SegmentationDataModule as DataModule
         from tasks.segmentation.module import SegmentationModule as Module

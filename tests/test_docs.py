@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tasks.__main__ import CONFIGS, PACKAGE, find_configs, find_tasks, markdown
+from tasks.navigation.evaluate import make_parser as evaluate_parser
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -38,6 +39,7 @@ def test_commands_are_found_in_code_blocks():
     assert commands(text) == [["segmentation", "fit", "-c", "a.yaml", "--x", "[1, 2]"]]
     subcommands = {"segmentation": {"fit", "validate", "test", "predict", "check"}}
     subcommands["classification"] = subcommands["segmentation"] - {"test"}
+    subcommands["navigation"] = {"fit", "check", "evaluate"}
     for task, names in subcommands.items():
         assert {command[1] for command in all_commands() if command[0] == task} == names
 
@@ -47,6 +49,9 @@ def test_commands_are_found_in_code_blocks():
 )
 def test_commands_are_accepted(task, arguments, run_cli, tmp_path):
     """The parser takes every command as it stands; files that only a user has are put in its way."""
+    if arguments[0] == "evaluate":
+        assert evaluate_parser().parse_args(arguments[1:])
+        return
     for option, value in itertools.pairwise(arguments):
         if option == "--ckpt_path":
             (tmp_path / value).parent.mkdir(parents=True, exist_ok=True)
