@@ -140,6 +140,7 @@ class ORIST(NavigationModule):
         attention_dropout: Of attention weights.
         feature_dropout: Of object features; 0.5, for REVERIE 0.3.
         use_lstm: Remember through an LSTM.
+        initializer_range: Standard deviation of the initial weights.
         use_instruction: False trains and evaluates a blind agent, to see what the instruction is worth.
         max_actions: Steps after which an episode is over.
         reinforced: Share of each batch that is trained by actor-critic.
@@ -171,6 +172,7 @@ class ORIST(NavigationModule):
         attention_dropout: float = 0.1,
         feature_dropout: float = 0.5,
         use_lstm: bool = True,
+        initializer_range: float = 0.02,
         use_instruction: bool = True,
         max_actions: int = 10,
         reinforced: float = 0.5,
@@ -202,6 +204,7 @@ class ORIST(NavigationModule):
             attention_dropout,
             feature_dropout,
             use_lstm,
+            initializer_range,
         )
         if weights:
             rank_zero_info(str(load_weights(self.network, weights)))
