@@ -131,8 +131,8 @@ class ORISTNetwork(nn.Module):
         attention_dropout: Of attention weights.
         feature_dropout: Of the numbers of object features.
         use_lstm: Remember through an LSTM; otherwise the last first token of the chosen option is the memory.
-        initializer_range: Standard deviation of the initial weights. BERT's 0.02 suits its width; narrower networks that
-            start from nothing learn sooner with more.
+        initializer_range: Standard deviation of the initial weights. BERT's 0.02 suits its width; a narrower network
+            that starts from nothing learns sooner with more.
         room_presence: Add the head for the rooms around an option, which no published model has.
     """
 
