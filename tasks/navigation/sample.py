@@ -50,6 +50,7 @@ TEMPLATES = (
     "walk past {past} , then stop at the {goal}",
     "exit the {room} and pass {past} . wait near the {goal}",
 )
+EXTRA_DOORS = 4
 STARTS, GOALS = 4, 6  # per house; goals per start
 
 
@@ -139,14 +140,17 @@ def build_house(generator: np.random.Generator, scan: str, identities: NDArray[n
 
 
 def _doors(generator: np.random.Generator) -> NDArray[np.bool_]:
-    """Adjacency (n, n): a random tree over the grid that joins the two viewpoints of each room, and one door more."""
+    """Adjacency (n, n): a random tree over the grid that joins the two viewpoints of each room, and some doors more.
+
+    The more doors, the more often an agent has to choose, and the sooner it learns to read.
+    """
     count = COLUMNS * ROWS
     walls = [(n, n + 1) for n in range(count) if (n + 1) % COLUMNS] + [(n, n + COLUMNS) for n in range(count - COLUMNS)]
     inside = [(n, n + 1) for n in range(0, count, 2)]
     order = [*inside, *(wall for wall in generator.permutation(walls).tolist() if tuple(wall) not in inside)]
     group = list(range(count))
     edges = np.zeros((count, count), dtype=bool)
-    extra = 1
+    extra = EXTRA_DOORS
     for a, b in order:
         if group[a] != group[b]:
             old = group[b]
