@@ -200,6 +200,9 @@ def call_cli(task, args, capture):
         from tasks.video import clips, data  # noqa: F401
         from tasks.video.datamodule import VideoDataModule as DataModule
         from tasks.video.module import VideoModule as Module
+    elif task == "navigation":
+        from tasks.navigation.data import NavigationDataModule as DataModule
+        from tasks.navigation.module import NavigationModule as Module
     else:
         import tasks.segmentation.mmseg_module  # noqa: F401  (its classes can be named, as in __main__)
         from tasks.segmentation.data import SegmentationDataModule as DataModule

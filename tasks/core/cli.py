@@ -354,6 +354,6 @@ def main(module: type[TaskModule], datamodule: type[TaskDataModule], args: list[
         raise SystemExit(2) from None
     if cli.report.path:  # rank 0 alone wrote it
         for name, value in sorted(cli.trainer.callback_metrics.items()):
-            if name.startswith(("val/", "test/")):
+            if name.startswith(("val", "test")):  # also val_unseen/SR
                 print(f"{name}: {float(value):.4f}")
         print(f"report: {cli.report.path}", flush=True)

@@ -31,7 +31,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command; 0, or 2 and one line on stderr for files or options that cannot be used."""
-    options = parser().parse_args(arguments)
+    options = make_parser().parse_args(arguments)
     try:
         result = _evaluated(options)
         errors = false_positives(result)
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     """The options of the command."""
     parser = _Parser(prog="python -m tasks.video evaluate", description=__doc__, allow_abbrev=False)
     parser.add_argument("--ground-truth", type=Path, required=True, help="json file with 'database'")

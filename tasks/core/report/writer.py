@@ -110,7 +110,7 @@ def _metrics_table(report: Report) -> Table:
     """The headline first, then validation and test, then the rest."""
 
     def order(name: str) -> tuple[bool, bool, str]:
-        return name != report.monitor, not name.startswith(("val/", "test/")), name
+        return name != report.monitor, not name.startswith(("val", "test")), name
 
     return Table(
         "Metrics", ["metric", "value"], [(name, report.metrics[name]) for name in sorted(report.metrics, key=order)]
