@@ -18,12 +18,13 @@ from tasks.core.errors import UserError, expect
 from tasks.core.evaluation import Extremes
 from tasks.core.module import TaskModule
 from tasks.core.optim import OptimConfig
+from tasks.core.preprocess import NormalizeAndPad
 from tasks.core.report import ReportParts
 from tasks.detection.matching import ErrorCounts, Truth, match_image
 from tasks.detection.metrics import DetectionMetrics
 from tasks.detection.mmdet_models import MODELS, model_dict
 from tasks.detection.mmdet_network import MMDetNetwork, build_detector
-from tasks.detection.network import DetectionNetwork, NormalizeAndPad, Record, Target
+from tasks.detection.network import DetectionNetwork, Record, Target
 from tasks.detection.report import detection_report, small_copies
 from tasks.detection.torchvision_detectors import TorchvisionNetwork, freeze_unused_norms
 from tasks.detection.weights import load_weights

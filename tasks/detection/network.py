@@ -10,8 +10,6 @@ import numpy as np
 from pycocotools import mask as rle
 from torch import Tensor, nn
 
-from tasks.core.preprocess import NormalizeAndPad as NormalizeAndPad  # what every detector begins with
-
 
 class Target(TypedDict, total=False):
     """The objects of one image: boxes (n, 4) xyxy in its pixels, train ids (n,) and, for masks, uint8 (n, h, w)."""
