@@ -12,12 +12,13 @@ from rich.console import Console
 from rich.table import Table
 
 from tasks.navigation.data import SampleHouses
-from tasks.navigation.environment import NavigationEnvironment, World
+from tasks.navigation.environment import NavigationEnvironment
 from tasks.navigation.episodes import Episode
 from tasks.navigation.evaluators import R2REvaluator
 from tasks.navigation.features import NoObjects
 from tasks.navigation.graph import Graphs
 from tasks.navigation.simulator import Simulator
+from tasks.navigation.world import World
 
 REPEATS = 5
 

@@ -15,7 +15,7 @@ from tasks.core.data import DataError
 from tasks.core.errors import expect
 from tasks.core.splits import Listing, SplitDataModule
 from tasks.navigation.check import check_dataset, print_result
-from tasks.navigation.environment import NavigationEnvironment, World
+from tasks.navigation.environment import NavigationEnvironment
 from tasks.navigation.episodes import Episode
 from tasks.navigation.evaluators import EVALUATORS, Definition, Evaluator
 from tasks.navigation.features import Objects, ViewFeatures, open_objects
@@ -23,6 +23,7 @@ from tasks.navigation.graph import Graphs
 from tasks.navigation.rooms import ROOMS, Rooms, read_rooms
 from tasks.navigation.submission import submission
 from tasks.navigation.text import WordPieces, read_vocabulary, read_word_pieces
+from tasks.navigation.world import World
 
 DatasetName = Literal["r2r", "reverie", "ndh"]
 
