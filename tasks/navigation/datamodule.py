@@ -124,16 +124,21 @@ class NavigationDataModule(SplitDataModule[list[Episode]]):
         """The episodes of an annotation file, without word pieces."""
         raise NotImplementedError
 
-    def scan(self, split: str) -> Listing[list[Episode]]:
-        """The episodes of a split, with word pieces."""
+    def listing(self, split: str) -> Listing[list[Episode]]:
+        """The episodes of a split, without word pieces."""
         path = self.annotation(split)
         if not path.is_file():
             return Listing([], [self.missing(f"{path}: file not found.")])
         try:
-            episodes = self.read(path, split)
+            return Listing(self.read(path, split))
         except DataError as error:
             return Listing([], [str(error)])
-        return Listing([dataclasses.replace(e, tokens=self.tokenizer.encode(e.instruction)) for e in episodes])
+
+    def scan(self, split: str) -> Listing[list[Episode]]:
+        """The episodes of a split, with word pieces."""
+        listing = self.listing(split)
+        encoded = [dataclasses.replace(e, tokens=self.tokenizer.encode(e.instruction)) for e in listing.samples]
+        return dataclasses.replace(listing, samples=encoded)
 
     def setup(self, stage: str) -> None:
         """Read what `stage` needs, so that missing data stops a run before it starts."""
