@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
@@ -14,9 +14,11 @@ from rich.table import Column, Table
 from tasks.core.check import Findings
 from tasks.core.data import DataError
 from tasks.navigation.episodes import Episode
+from tasks.navigation.features import Objects
 from tasks.navigation.graph import ScanGraph
-from tasks.navigation.rooms import UNLABELLED
+from tasks.navigation.rooms import UNLABELLED, Rooms
 from tasks.navigation.sightlines import Panorama
+from tasks.navigation.text import WordPieces
 
 if TYPE_CHECKING:
     from tasks.navigation.datamodule import NavigationDataModule
@@ -56,29 +58,36 @@ class _Checker:
         self.data = datamodule
         self.result = CheckResult()
         self.graphs: dict[str, ScanGraph | None] = {}
+        self.tokenizer: WordPieces | None = None
 
     def run(self) -> CheckResult:
         """Check every split that has an annotation file, and every annotated one."""
         data, result = self.data, self.result
+        self.tokenizer, objects = self._open("tokenizer"), self._open("object_store")
+        if self._open("graphs") is None:
+            return result
         extra = [data.predict_split] if data.annotation(data.predict_split).is_file() else []
-        try:
-            _ = data.graphs, data.tokenizer, data.object_store
-        except DataError as error:
-            result.problems.append(str(error))
-            if "graphs" not in vars(data) or "tokenizer" not in vars(data):
-                return result
         for split in dict.fromkeys((*data.splits, data.test_split, *extra)):
-            listing = data.scan(split)
+            listing = data.listing(split)
             result.add_listing(listing)
             summary = result.splits.setdefault(split, SplitSummary())
             for episode in listing.samples:
                 self._episode(episode, summary)
         self._compare_splits()
         used = {scan: graph for scan, graph in self.graphs.items() if graph is not None}
-        if "object_store" in vars(data):
-            self._features(used)
-        self._rooms(used)
+        if objects is not None:
+            self._features(used, objects)
+        if (rooms := self._open("room_labels")) is not None:
+            self._rooms(used, rooms)
         return result
+
+    def _open(self, part: str) -> Any:
+        """A part of the data, None if it cannot be read, which is a problem."""
+        try:
+            return getattr(self.data, part)
+        except DataError as error:
+            self.result.problems.append(str(error))
+            return None
 
     def _graph(self, scan: str) -> ScanGraph | None:
         """The graph of a scan; the first time that there is none it is a problem."""
@@ -93,10 +102,10 @@ class _Checker:
     def _episode(self, episode: Episode, summary: SplitSummary) -> None:
         summary.instructions += 1
         summary.scans.add(episode.scan)
-        tokenizer = self.data.tokenizer
         summary.words.append(len(episode.instruction.split()))
-        summary.unknown += tokenizer.unknown in episode.tokens
-        summary.cut += tokenizer.is_cut(episode.instruction)
+        if self.tokenizer is not None:
+            summary.unknown += self.tokenizer.unknown in self.tokenizer.encode(episode.instruction)
+            summary.cut += self.tokenizer.is_cut(episode.instruction)
         graph = self._graph(episode.scan)
         if graph is None:
             self.result.problems.append(f"{episode.key}: its scan {episode.scan} has no graph")
@@ -119,7 +128,7 @@ class _Checker:
                     f"{split}: scan {', '.join(both[:3])} is in train too; expected unseen ones"
                 )
 
-    def _features(self, graphs: dict[str, ScanGraph]) -> None:
+    def _features(self, graphs: dict[str, ScanGraph], objects: Objects) -> None:
         """Every view that looks at a neighbour needs its objects."""
         scans = track(graphs.items(), "Checking features", console=Console(stderr=True), transient=True)
         for scan, graph in scans:
@@ -129,7 +138,7 @@ class _Checker:
                 for candidate in panorama.candidates(viewpoint):
                     looked += 1
                     try:
-                        if self.data.object_store.view(scan, viewpoint, candidate.view) is None:
+                        if objects.view(scan, viewpoint, candidate.view) is None:
                             lacking[viewpoint] += 1
                     except DataError as error:
                         self.result.problems.append(str(error))
@@ -140,12 +149,7 @@ class _Checker:
                     f" {len(lacking)} viewpoints, the first is {first}"
                 )
 
-    def _rooms(self, graphs: dict[str, ScanGraph]) -> None:
-        try:
-            rooms = self.data.room_labels
-        except DataError as error:
-            self.result.problems.append(str(error))
-            return
+    def _rooms(self, graphs: dict[str, ScanGraph], rooms: Rooms) -> None:
         lacking = [
             scan
             for scan, graph in graphs.items()

@@ -15,7 +15,7 @@ from tasks.core.data import DataError
 from tasks.core.errors import expect
 from tasks.core.splits import Listing, SplitDataModule
 from tasks.navigation.check import check_dataset, print_result
-from tasks.navigation.environment import NavigationEnvironment, World
+from tasks.navigation.environment import NavigationEnvironment
 from tasks.navigation.episodes import Episode
 from tasks.navigation.evaluators import EVALUATORS, Definition, Evaluator
 from tasks.navigation.features import Objects, ViewFeatures, open_objects
@@ -23,6 +23,7 @@ from tasks.navigation.graph import Graphs
 from tasks.navigation.rooms import ROOMS, Rooms, read_rooms
 from tasks.navigation.submission import submission
 from tasks.navigation.text import WordPieces, read_vocabulary, read_word_pieces
+from tasks.navigation.world import World
 
 DatasetName = Literal["r2r", "reverie", "ndh"]
 
@@ -123,16 +124,21 @@ class NavigationDataModule(SplitDataModule[list[Episode]]):
         """The episodes of an annotation file, without word pieces."""
         raise NotImplementedError
 
-    def scan(self, split: str) -> Listing[list[Episode]]:
-        """The episodes of a split, with word pieces."""
+    def listing(self, split: str) -> Listing[list[Episode]]:
+        """The episodes of a split, without word pieces."""
         path = self.annotation(split)
         if not path.is_file():
             return Listing([], [self.missing(f"{path}: file not found.")])
         try:
-            episodes = self.read(path, split)
+            return Listing(self.read(path, split))
         except DataError as error:
             return Listing([], [str(error)])
-        return Listing([dataclasses.replace(e, tokens=self.tokenizer.encode(e.instruction)) for e in episodes])
+
+    def scan(self, split: str) -> Listing[list[Episode]]:
+        """The episodes of a split, with word pieces."""
+        listing = self.listing(split)
+        encoded = [dataclasses.replace(e, tokens=self.tokenizer.encode(e.instruction)) for e in listing.samples]
+        return dataclasses.replace(listing, samples=encoded)
 
     def setup(self, stage: str) -> None:
         """Read what `stage` needs, so that missing data stops a run before it starts."""

@@ -52,16 +52,27 @@ def view_angles() -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     return np.float64(STEP) * (views % NUM_HEADINGS), np.float64(STEP) * (views // NUM_HEADINGS - 1)
 
 
+class Places(NamedTuple):
+    """Where viewpoints are, and which are adjacent."""
+
+    positions: NDArray[np.float32]  # (n, 3) metres
+    neighbours: NDArray[np.int64]  # (n, D) padded with -1
+
+    @classmethod
+    def of(cls, graph: ScanGraph) -> Places:
+        """Those of a scan."""
+        return cls(graph.positions.astype(np.float32), graph.neighbours)
+
+
 def relative_positions(
-    graph: ScanGraph, number: NDArray[np.int64], heading: NDArray[np.floating], elevation: NDArray[np.floating]
+    places: Places, number: NDArray[np.int64], heading: NDArray[np.floating], elevation: NDArray[np.floating]
 ) -> tuple[NDArray[np.float64], ...]:
-    """Direction of each neighbour as seen by cameras (N,), in the order of `graph.neighbours`, each (N, D).
+    """Direction of each neighbour as seen by cameras (N,), in the order of `places.neighbours`, each (N, D).
 
     Returns relative heading, relative elevation, distance in metres and the cosine of the horizontal angle between
     view direction and neighbour; what belongs to padded neighbours has no meaning.
     """
-    positions = graph.positions.astype(np.float32)
-    target = positions[graph.neighbours[number]] - positions[number][:, None]  # (N, D, 3) float32
+    target = places.positions[places.neighbours[number]] - places.positions[number][:, None]  # (N, D, 3) float32
     x, y, z = target[..., 0], target[..., 1], target[..., 2]
     direction = np.stack([np.cos(np.pi / 2 - heading), np.sin(np.pi / 2 - heading)], axis=-1).astype(np.float32)
     cx, cy = direction[:, :1], direction[:, 1:]
@@ -78,7 +89,7 @@ def relative_positions(
 
 
 def navigable(
-    graph: ScanGraph,
+    places: Places,
     camera: Camera,
     number: NDArray[np.int64],
     heading: NDArray[np.floating],
@@ -86,8 +97,8 @@ def navigable(
     restricted: bool = True,
 ) -> Sightlines:
     """The neighbours that cameras at viewpoints `number` (N,) see; all of them unless `restricted`."""
-    heading_to, elevation_to, distance, cosine = relative_positions(graph, number, heading, elevation)
-    neighbours = graph.neighbours[number]
+    heading_to, elevation_to, distance, cosine = relative_positions(places, number, heading, elevation)
+    neighbours = places.neighbours[number]
     seen = neighbours >= 0
     if restricted:
         seen &= cosine.astype(np.float64) >= np.cos(camera.half_hfov)
@@ -131,7 +142,7 @@ class Panorama:
         n = len(self.graph)
         headings, elevations = view_angles()
         seen = navigable(
-            self.graph,
+            Places.of(self.graph),
             self.camera,
             np.repeat(np.arange(n), NUM_VIEWS),
             np.tile(headings, n),

@@ -7,7 +7,7 @@ versions and all of its modes, float32 rounding included.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from tasks.core.errors import UserError
 from tasks.navigation.graph import ScanGraph
-from tasks.navigation.sightlines import NUM_HEADINGS, STEP, Camera, Panorama, Sightlines, navigable
+from tasks.navigation.sightlines import NUM_HEADINGS, STEP, Camera, Panorama, Places, Sightlines, navigable
 
 
 class Location(NamedTuple):
@@ -68,7 +68,9 @@ class Simulator:
         self.restricted = restricted
         self.elevation_limits = elevation_limits
         self._scans: dict[str, int] = {}  # number of the first viewpoint among those of all scans seen so far
-        # What each view sees, by (viewpoint of all scans, view, row): numbers among all scans, and how many.
+        # Viewpoints are numbered over all scans here.
+        self._places = Places(np.zeros((0, 3), dtype=np.float32), np.zeros((0, 1), dtype=np.int64))
+        # What each view sees, by (viewpoint, view, row), and how much that is.
         self._seen = np.zeros((0, 36, 1), dtype=np.int32)
         self._count = np.zeros((0, 36), dtype=np.int32)
         self.scans: list[str] = []
@@ -134,23 +136,8 @@ class Simulator:
 
     def navigable(self) -> Sightlines:
         """The viewpoints, besides their own, to which the agents may move; arrays (B, D)."""
-        parts: list[tuple[list[int], Sightlines]] = []
-        number = self.number
-        for scan in dict.fromkeys(self.scans):
-            rows = [row for row, name in enumerate(self.scans) if name == scan]
-            pose = number[rows], self.heading[rows], self.elevation[rows]
-            parts.append((rows, navigable(self.graphs[scan], self.camera, *pose, self.restricted)))
-        width = max((part.number.shape[1] for _, part in parts), default=1)
-        heading, elevation, distance = np.zeros((3, len(self), width))
-        result = Sightlines(
-            np.full((len(self), width), -1), heading, elevation, distance, np.zeros(len(self), dtype=np.int64)
-        )
-        for rows, part in parts:
-            for name in ("number", "heading", "elevation", "distance"):
-                source = getattr(part, name)
-                getattr(result, name)[rows, : source.shape[1]] = source
-            result.count[rows] = part.count
-        return result
+        seen = navigable(self._places, self.camera, self._node, self.heading, self.elevation, self.restricted)
+        return replace(seen, number=np.where(seen.number >= 0, seen.number - self._offset[:, None], -1))
 
     def states(self) -> list[State]:
         """The state of every agent."""
@@ -209,16 +196,23 @@ class Simulator:
         self.elevation = (self._level - 1) * STEP
 
     def _add(self, scan: str) -> None:
-        """Note what the views of a scan see; a continuous camera's view is computed when it is asked for."""
+        """Note where the viewpoints of a scan are and, for discrete views, what each of them sees."""
         graph = self.graphs[scan]
-        start = len(self._count)
+        start = len(self._places.positions)
         self._scans[scan] = start
-        if not self.discretized:
-            table, count = np.zeros((len(graph), 36, 1), dtype=np.int32), np.zeros((len(graph), 36), dtype=np.int32)
-        else:
+        own = Places.of(graph)
+        self._places = Places(
+            np.concatenate([self._places.positions, own.positions]),
+            _stack(self._places.neighbours, np.where(own.neighbours >= 0, own.neighbours + start, -1)),
+        )
+        if self.discretized:
             seen = Panorama(graph, self.camera, self.restricted).views
-            table, count = (seen.number + start).astype(np.int32), seen.count.astype(np.int32)
-        width = max(table.shape[2], self._seen.shape[2])
-        padded = [np.pad(part, ((0, 0), (0, 0), (0, width - part.shape[2]))) for part in (self._seen, table)]
-        self._seen = np.concatenate(padded)
-        self._count = np.concatenate([self._count, count])
+            self._seen = _stack(self._seen, (seen.number + start).astype(np.int32))
+            self._count = np.concatenate([self._count, seen.count.astype(np.int32)])
+
+
+def _stack(above: NDArray, below: NDArray) -> NDArray:
+    """Two arrays one after the other, the last axis padded with -1 to the wider one."""
+    width = max(above.shape[-1], below.shape[-1])
+    pad = [(0, 0)] * (above.ndim - 1)
+    return np.concatenate([np.pad(x, [*pad, (0, width - x.shape[-1])], constant_values=-1) for x in (above, below)])

@@ -72,12 +72,20 @@ def test_every_problem_is_listed(copy, capsys):
     assert f"problem: train/{third}_0: its scan nowhere has no graph" in capsys.readouterr().out
 
 
-def test_what_is_missing_altogether_is_one_problem(copy):
+def test_what_is_missing_altogether_is_one_problem_each(copy):
     np.save(copy / "objects/features.npy", np.zeros(3))
     result = check_dataset(R2R(str(copy)))
     assert [problem for problem in result.problems if "features.npy" in problem] == result.problems
     assert result.splits["train"].instructions == 120  # the rest is checked all the same
+    (copy / "vocab.txt").unlink()
+    change(copy / "R2R_train.json", lambda entries: entries[0].update(path=entries[0]["path"][::2]))
+    result = check_dataset(R2R(str(copy)))
+    assert sum("vocab.txt: file not found." in problem for problem in result.problems) == 1
+    assert sum("path is not connected" in problem for problem in result.problems) == 3
     shutil.rmtree(copy / "connectivity")
     result = check_dataset(R2R(str(copy)))
-    assert len(result.problems) == 1
-    assert "connectivity: folder not found." in result.problems[0]
+    assert [problem.splitlines()[0].rsplit("/", 1)[1] for problem in result.problems] == [
+        "vocab.txt: file not found.",
+        "features.npy: float64 of shape (3,); expected an array of numbers with 2 dimensions",
+        "connectivity: folder not found.",
+    ]

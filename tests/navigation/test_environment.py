@@ -7,10 +7,11 @@ import torch
 
 from tasks.core.data import DataError
 from tasks.core.errors import UserError
-from tasks.navigation.environment import NavigationEnvironment, World
+from tasks.navigation.environment import NavigationEnvironment
 from tasks.navigation.features import NoObjects
 from tasks.navigation.rooms import ROOMS
 from tasks.navigation.simulator import Simulator
+from tasks.navigation.world import World
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,11 @@
 import csv
 import json
+import runpy
+import sys
 
 import pytest
 
+from tasks.navigation import benchmark
 from tasks.navigation.evaluate import main
 from tasks.navigation.submission import submission
 
@@ -66,3 +69,14 @@ def test_wrong_input_is_one_line(houses, shortest, capsys, tmp_path):
     code, _, err = run(capsys, *usual, "--split", "test", root=houses)
     assert code == 2
     assert "R2R_test.json: file not found.\nExpected layout:" in err
+
+
+def test_both_commands_are_found(houses, shortest, capsys, monkeypatch):
+    monkeypatch.setattr(benchmark, "REPEATS", 1)
+    for arguments, words in [
+        (["evaluate", "--dataset", "r2r", "--predictions", str(shortest)], "success weighted by path length"),
+        (["benchmark"], "steps/s"),
+    ]:
+        monkeypatch.setattr(sys, "argv", ["navigation", *arguments, "--data.root", str(houses)])
+        runpy.run_module("tasks.navigation", run_name="__main__")
+        assert words in capsys.readouterr().out

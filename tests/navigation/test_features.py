@@ -7,9 +7,9 @@ import pytest
 
 from tasks.core.data import DataError
 from tasks.core.errors import UserError
-from tasks.navigation.environment import World
 from tasks.navigation.features import NumpyObjects, ViewFeatures, open_objects, view_key
 from tasks.navigation.rooms import Rooms, read_rooms
+from tasks.navigation.world import World
 
 h5py = pytest.importorskip("h5py")
 KEY = view_key("scan", "a", 7)

@@ -95,6 +95,7 @@ def test_evaluation_is_by_split_and_deterministic(trained, data):
     assert first == second
     assert {name.partition("/")[0] for name in first} == {"val_seen", "val_unseen"}
     assert {"val_unseen/SR", "val_unseen/SPL", "val_unseen/nDTW", "val_seen/NE"} <= first.keys()
+    module.eval()
     evaluator = data.evaluator("val_unseen")
     walks = module.agent.walk(data.environment(), data.samples("val_unseen"))
     records = {e.id: {"trajectory": w.trajectory} for e, w in zip(data.samples("val_unseen"), walks, strict=True)}

@@ -8,10 +8,11 @@ import pytest
 
 from tasks.navigation.check import problem_of_path
 from tasks.navigation.data import R2R
-from tasks.navigation.environment import NavigationEnvironment, World
+from tasks.navigation.environment import NavigationEnvironment
 from tasks.navigation.evaluators import R2REvaluator
 from tasks.navigation.features import NoObjects
 from tasks.navigation.simulator import Simulator
+from tasks.navigation.world import World
 
 ROOT = Path(os.environ.get("FRUGAL_DATA", "nowhere")) / "r2r"
 pytestmark = pytest.mark.skipif(not (ROOT / "R2R_val_unseen.json").is_file(), reason="FRUGAL_DATA names no r2r/")
