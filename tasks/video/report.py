@@ -54,12 +54,12 @@ def _classes(result: Evaluation) -> Table:
             name,
             int(result.num_instances[c]),
             int(detections[c]),
-            *(100 * result.ap[:, c]).tolist(),
             float(100 * result.ap[:, c].mean()),
+            *(100 * result.ap[:, c]).tolist(),
         ]
         for c, name in enumerate(result.classes)
     ]
-    columns = ["class", "instances", "detections", *(f"AP@{tiou:.2f} %" for tiou in result.tious), "AP %"]
+    columns = ["class", "instances", "detections", "AP %", *(f"AP@{tiou:g} %" for tiou in result.tious)]
     return Table("Classes", columns, rows)
 
 
@@ -201,6 +201,7 @@ def timeline(result: Evaluation, video: int) -> bytes:
             axes.barh(position + 0.2, end - start, 0.34, start, color=(colour, alpha), **edge)
     axes.set_yticks(range(len(classes)), [_name(result.classes, label) for label in classes])
     axes.set_ylim(len(classes) - 0.5, -0.5)
+    axes.set_xlim(left=0)
     axes.set_xlabel(
         f"seconds; above: ground truth, below: the best {len(detections)} detections,"
         f" framed if they find an instance at tIoU {result.tious[row]:.2f}"

@@ -26,7 +26,7 @@ def network_of(config, num_classes, image_size):
 
 
 def test_all_promised_configurations_exist():
-    assert {*PAPERS, *CLASSIFIERS, "sample/stpt"} <= set(LISTED)
+    assert {*PAPERS, *CLASSIFIERS, "sample/stpt", "sample/afsd_frames"} <= set(LISTED)
 
 
 @pytest.mark.parametrize("name", LISTED)
@@ -47,7 +47,7 @@ def test_every_configuration_builds(name, resolved):
     output, _ = found
     assert output.levels.shape == output.points.shape == output.loc.shape[1:2]
     assert output.conf.shape[2] == (2 if module.class_agnostic else 6)
-    count = {"thumos14": 126, "activitynet": 189, "sample/stpt": 30}[name.rpartition("_")[2]]
+    count = {"thumos14": 126, "activitynet": 189, "sample/stpt": 30, "frames": 30}[name.rpartition("_")[2]]
     assert len(output.points) == count
 
 

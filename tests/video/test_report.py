@@ -34,7 +34,7 @@ def test_tables(metric):
     classes, errors, warnings = detection_report(metric).tables
     assert [row[0] for row in classes.rows] == list(metric.last.classes)
     assert sum(row[1] for row in classes.rows) == len(TRUTH)
-    assert np.mean([row[-1] for row in classes.rows]) == pytest.approx(100 * metric.last.average)
+    assert np.mean([row[3] for row in classes.rows]) == pytest.approx(100 * metric.last.average)
     assert [row[0] for row in errors.rows] == ["1 G", "2 G", "5 G", "10 G"]
     assert sum(errors.rows[0][1:]) == len(TRUTH)
     assert warnings.rows == [["7 predictions of 1 class (unseen) without instances do not count"]]
