@@ -102,6 +102,18 @@ class SampleHouses(R2R):
         """Write the sample unless it is there already."""
         write_folder_once(Path(self.root), lambda folder: sample.write_sample(folder, self.num_train, self.num_unseen))
 
+    @property
+    def vocab_size(self) -> int:
+        """Number of word pieces; the command line asks for it before it prepares the data."""
+        self.prepare_data()
+        return super().vocab_size
+
+    @property
+    def feature_dim(self) -> int:
+        """Size F of an object's feature; asked for as early."""
+        self.prepare_data()
+        return super().feature_dim
+
 
 class REVERIE(NavigationDataModule):
     """REVERIE, version 1 or 2: go to where an object is visible and name it.

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from tasks.navigation.agent import A2CConfig, Agent
-from tasks.navigation.environment import NavigationEnvironment, Observation, World
+from tasks.navigation.environment import NavigationEnvironment, Observation
 from tasks.navigation.episodes import Episode
 from tasks.navigation.features import ViewObjects, boxes_of
 from tasks.navigation.graph import Graphs
@@ -21,6 +21,7 @@ from tasks.navigation.orist.losses import imitation_losses, room_presence_loss, 
 from tasks.navigation.orist.network import Options, ORISTNetwork
 from tasks.navigation.orist.optim import BertAdamW, linear_schedule, parameter_groups
 from tasks.navigation.rooms import Rooms
+from tasks.navigation.world import World
 
 HERE = Path(__file__).resolve().parents[1] / "goldens" / "vln"
 EXACT, ROLLED_OUT = 1e-9, 1e-6

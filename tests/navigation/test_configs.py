@@ -75,3 +75,9 @@ def test_the_sample_is_small():
     assert sum(p.numel() for p in model.network.parameters()) < 500_000
     assert isinstance(model.optim, OptimConfig)
     assert options["trainer"]["accelerator"] == "cpu"
+
+
+def test_the_sample_is_written_when_the_model_asks_for_its_sizes(tmp_path):
+    """As the command line does, before it prepares the data."""
+    fresh = [datamodules.SampleHouses(str(tmp_path / name), num_train=1, num_unseen=1) for name in ("a", "b")]
+    assert (fresh[0].vocab_size, fresh[1].feature_dim) == (45, 32)

@@ -34,6 +34,6 @@ def test_sample_reaches_its_score_in_unseen_houses(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_blind_agent_does_not(tmp_path):
-    """A third of the training is enough for what can be learnt without the instruction."""
+    """After a third of the training; after all of it the measured rate is 0.10."""
     steps = ["--trainer.max_steps", "300", "--trainer.val_check_interval", "300"]
     assert unseen_success(tmp_path, "--model.use_instruction", "false", *steps) < 0.4
