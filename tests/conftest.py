@@ -33,6 +33,32 @@ TRAINER = {
 TWO_STEPS = {**TRAINER, "max_steps": 2, "val_check_interval": 2, "check_val_every_n_epoch": None}
 
 
+def autograd_runs_in_forks() -> bool:
+    """Whether autograd has not started threads in this process: in its forks it would refuse to run then."""
+    import torch
+
+    child = os.fork()
+    if child == 0:
+        try:
+            torch.ones(1, requires_grad=True).sum().backward()
+        except RuntimeError:
+            os._exit(1)
+        os._exit(0)
+    return os.waitpid(child, 0)[1] == 0
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem):
+    """Run a test that forks in a process of its own where those before it have started autograd's threads."""
+    if pyfuncitem.get_closest_marker("forks") is None or autograd_runs_in_forks():
+        return None
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", pyfuncitem.nodeid]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout[-5000:]
+    return True
+
+
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
     import torch

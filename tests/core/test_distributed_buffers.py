@@ -51,6 +51,7 @@ class RunningMean(TaskModule):
         return {}
 
 
+@pytest.mark.forks
 @pytest.mark.slow
 @pytest.mark.parametrize("ema_decay", [None, 0.5])
 def test_processes_evaluate_with_the_same_running_statistics(tmp_path, ema_decay):

@@ -136,6 +136,7 @@ def test_report_rows(tmp_path):
     assert "not counted" in callback.report_rows()[-1][1]
 
 
+@pytest.mark.forks
 @pytest.mark.slow
 def test_two_processes_have_the_functions_of_the_first(tmp_path):
     module = Classifier(tmp_path)

@@ -116,7 +116,11 @@ def train(folder, names):
 
 @pytest.mark.parametrize(
     "names",
-    [pytest.param(pair, id="-".join(pair)) for pair in itertools.permutations(METHODS, 2) if pair[1] != "DDP"],
+    [
+        pytest.param(pair, id="-".join(pair), marks=pytest.mark.forks if pair[0] == "DDP" else ())
+        for pair in itertools.permutations(METHODS, 2)
+        if pair[1] != "DDP"
+    ],
 )
 def test_pair(names, tmp_path):
     if message := REFUSED.get(names):

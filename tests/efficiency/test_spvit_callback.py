@@ -168,6 +168,7 @@ def test_other_networks_are_refused_in_one_sentence(tmp_path):
         trainer(tmp_path, efficiency.EcoFormer(num_bits=4, num_anchors=6), search()).fit(Classifier())
 
 
+@pytest.mark.forks
 @pytest.mark.slow
 def test_two_processes_search_alike(tmp_path):
     options = {"devices": 2, "strategy": "ddp_fork", "use_distributed_sampler": False, "accumulate_grad_batches": 2}

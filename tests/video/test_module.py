@@ -32,7 +32,7 @@ def module_for(**options):
         callbacks=[],
         datamodule=SimpleNamespace(
             num_classes=3, class_names=CLASSES, splits=("train", "val"), clip_length=16, crop_size=32, feature_dim=None,
-            frames_per_feature=1,
+            frames_per_feature=1, thumbnails=lambda id, count: None,
             ground_truth=lambda split: SegmentTable.from_rows(
                 [("a", "jump", 0.0, 1.0, 1.0), ("b", "run", 0.5, 1.5, 1.0)], ("a", "b"), CLASSES
             ),
@@ -144,7 +144,7 @@ def test_evaluation_and_predictions():
     assert all(0 <= float(value) <= 1 for value in results.values())
     assert list(records) == [window_key("a", 0), window_key("b", 8)]
     files = dict(module.prediction_files(records))
-    assert files.keys() == {"predictions.json", "a.csv", "a.srt", "b.csv", "b.srt"}
+    assert files.keys() == {"predictions.json", *(f"{id}.{kind}" for id in "ab" for kind in ("csv", "srt", "png"))}
     assert json.loads(files["predictions.json"])["results"].keys() == {"a", "b"}
     assert module.example_input().shape == (1, 3, 16, 32, 32)
 
