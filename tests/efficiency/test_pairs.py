@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import efficiency
 from efficiency import mesa
+from efficiency.callback import EfficiencyCallback
 from efficiency.ecoformer import hashed_layers, unfitted_layers
 from efficiency.spvit import is_gated
 
@@ -55,7 +56,7 @@ class Classifier(LightningModule):
     def training_step(self, batch, batch_idx):
         loss = cross_entropy(self.network(batch[0]), batch[1])
         for callback in self.trainer.callbacks:
-            if isinstance(callback, efficiency.callback.EfficiencyCallback):
+            if isinstance(callback, EfficiencyCallback):
                 loss = loss + sum(callback.loss_terms(self).values())
         self.losses.append(loss.item())
         return loss
