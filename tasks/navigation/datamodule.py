@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -258,10 +258,10 @@ class NavigationDataModule(SplitDataModule[list[Episode]]):
         """What scores trajectories of a split."""
         return EVALUATORS[self.dataset](self.samples(split), self.graphs, self.definition)
 
-    def submission_files(self, records: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:
+    def submission_file(self, split: str, records: Mapping[str, Any]) -> tuple[str, bytes]:
         """The file for the leaderboard: name and content. Keys of records are those of the episodes."""
         plain = {key.partition("/")[2]: record for key, record in records.items()}
-        yield submission(self.dataset, self.predict_split, plain)
+        return submission(self.dataset, split, plain)
 
     def check(self) -> bool:
         """Read the whole data set, print what is in it and everything that is wrong; True if nothing is."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -13,6 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from tasks.core.errors import expect
 from tasks.core.evaluation import all_gather
+from tasks.core.files import write_atomically
 from tasks.core.module import TaskModule
 from tasks.core.optim import OptimConfig
 from tasks.core.report import ReportParts
@@ -100,7 +102,16 @@ class NavigationModule(TaskModule):
 
     def prediction_files(self, records: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:
         """The file that the leaderboard of the data set takes."""
-        yield from self.data.submission_files(records)
+        yield self.data.submission_file(self.data.predict_split, records)
+
+    def on_test_epoch_end(self) -> None:
+        """Log the metrics, and write the walks as a leaderboard takes them, into the run folder."""
+        super().on_test_epoch_end()
+        folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)  # asks all processes
+        if self.trainer.is_global_zero and self._last is not None:
+            name, content = self.data.submission_file(self.data.test_split, self._last.gathered)
+            write_atomically(folder / name, content)
+            print(f"submission: {folder / name}", flush=True)
 
     def report_parts(self, datamodule: LightningDataModule) -> ReportParts:
         """Tables by scan and path length, maps of the best and worst episodes and their steps."""
