@@ -141,7 +141,6 @@ class ORIST(NavigationModule):
         num_rooms: Number of room classes.
         dataset: `r2r`, `reverie` or `ndh`; the headline is SR, for NDH it is GP.
         weights: Official checkpoint, UNITER or BERT to start from, or a checkpoint of ours.
-        pretrained: Has no effect; weights are given by `weights`.
         hidden_dim: Width.
         num_layers: Layers of the encoder.
         num_heads: Attention heads.
@@ -173,7 +172,6 @@ class ORIST(NavigationModule):
         num_rooms: int,
         dataset: Literal["r2r", "reverie", "ndh"],
         weights: str | None = None,
-        pretrained: bool = False,
         hidden_dim: int = 768,
         num_layers: int = 12,
         num_heads: int = 12,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,7 +12,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from tasks.core.report import Picture, ReportParts, Table
-from tasks.core.report.figures import COLOURS, INK
+from tasks.core.report.figures import COLOURS, INK, png
 from tasks.navigation.episodes import Episode
 from tasks.navigation.evaluators import Evaluation
 from tasks.navigation.graph import ScanGraph
@@ -153,9 +152,7 @@ def draw_map(graph: ScanGraph, episode: Episode, record: Mapping[str, Any]) -> b
     axes.set_xlabel("x, m", fontsize=8, color=INK)
     axes.set_ylabel("y, m", fontsize=8, color=INK)
     figure.legend(loc="outside lower center", ncols=5, frameon=False, fontsize=8, labelcolor=INK)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120, facecolor="white")
-    return buffer.getvalue()
+    return png(figure, dpi=120)
 
 
 def _points(graph: ScanGraph, path: Sequence[str]) -> NDArray[np.float64]:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from tasks.core.errors import UserError
 from tasks.core.report import Picture, ReportParts, Table
-from tasks.core.report.figures import COLOURS, INK, class_bars
+from tasks.core.report.figures import COLOURS, INK, class_bars, png, quiet
 from tasks.video.evaluators import Evaluation, evaluate
 from tasks.video.false_positives import KINDS, FalsePositives, false_positives
 from tasks.video.recall import average_recall
@@ -99,9 +97,9 @@ def _over_tiou(metric: TemporalDetectionMetric, result: Evaluation) -> bytes:
     recall = average_recall(result, tious.tolist()).recall[:, -1]
     axes.plot(tious, 100 * recall, color=COLOURS[1], label="recall, 100 detections per video")
     axes.set(xlabel="temporal IoU", ylabel="%", ylim=(0, 102))
-    _plain(axes)
+    quiet(axes)
     axes.legend(frameon=False, fontsize=8, labelcolor=INK)
-    return _png(figure)
+    return png(figure)
 
 
 def _caption(errors: FalsePositives) -> str:
@@ -122,9 +120,9 @@ def _kinds(errors: FalsePositives) -> bytes:
         bottom += share[:, kind]
     axes.set_xticks(range(1, len(share) + 1), [f"{multiple} G" for multiple in range(1, len(share) + 1)])
     axes.set(ylabel="% of the best detections", ylim=(0, 100))
-    _plain(axes)
+    quiet(axes)
     figure.legend(loc="outside right upper", frameon=False, fontsize=8, labelcolor=INK)
-    return _png(figure)
+    return png(figure)
 
 
 def _durations(result: Evaluation) -> bytes:
@@ -140,9 +138,9 @@ def _durations(result: Evaluation) -> bytes:
         [lengths[found], lengths[~found]], edges.tolist(), stacked=True, color=[KIND_COLOURS[0], GREY], label=labels
     )
     axes.set(xlabel="duration in seconds", ylabel="instances")
-    _plain(axes)
+    quiet(axes)
     axes.legend(frameon=False, fontsize=8, labelcolor=INK)
-    return _png(figure)
+    return png(figure)
 
 
 def _cases(result: Evaluation) -> list[Picture]:
@@ -206,26 +204,10 @@ def timeline(result: Evaluation, video: int) -> bytes:
         f"seconds; above: ground truth, below: the best {len(detections)} detections,"
         f" framed if they find an instance at tIoU {result.tious[row]:.2f}"
     )
-    _plain(axes)
+    quiet(axes)
     axes.grid(False, axis="y")
-    return _png(figure, dpi=100)
+    return png(figure, dpi=100)
 
 
 def _name(classes: Sequence[str], label: int) -> str:
     return classes[label][:30]
-
-
-def _plain(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(GREY)
-    axes.grid(color=GREY, alpha=0.4, linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=INK, labelsize=8, length=0)
-    for label in (axes.xaxis.label, axes.yaxis.label):
-        label.set(color=INK, fontsize=8)
-
-
-def _png(figure: Figure, dpi: int = 132) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi, facecolor="white")
-    return buffer.getvalue()

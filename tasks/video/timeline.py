@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from tasks.core.report.figures import COLOURS, INK
+from tasks.core.report.figures import COLOURS, INK, png
 from tasks.video.predictions import SHOWN_FROM, Detections
 
 FRAMES = 12  # above the timeline
@@ -61,9 +60,7 @@ def action_timeline(
     axes.tick_params(colors=INK, labelsize=8, length=0)
     axes.xaxis.label.set(color=INK, fontsize=8)
     figure.suptitle(id, fontsize=10, color=INK)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, facecolor="white")
-    return f"{id}.png", buffer.getvalue()
+    return f"{id}.png", png(figure, dpi=110)
 
 
 def _bar(axes: Axes, row: int, segment: Sequence[float], score: float, colour: str, duration: float) -> None:

@@ -62,7 +62,7 @@ def class_bars(values: Mapping[str, float], label: str) -> bytes:
     axes.invert_yaxis()
     axes.margins(x=0.1, y=0.01)
     axes.set_xlabel(label)
-    _quiet(axes)
+    quiet(axes)
     axes.grid(False, axis="y")
     return png(figure)
 
@@ -108,7 +108,7 @@ def reliability_diagram(bins: NDArray[np.floating]) -> bytes:
     lower.bar(edges[:-1], share, np.diff(edges), align="edge", color=COLOURS[5], edgecolor="white", linewidth=0.8)
     lower.set(xlabel="confidence", ylabel="% of images", xlim=(0, 1))
     for axes in (upper, lower):
-        _quiet(axes)
+        quiet(axes)
         axes.yaxis.label.set(color=INK, fontsize=8)
     return png(figure)
 
@@ -130,7 +130,7 @@ def precision_recall_curves(
             axes.plot(recall, precision, color=colour, linewidth=1.5, label=label)
         axes.set(xlim=(0, 1), ylim=(0, 1.02))
         axes.set_title(_short(title), fontsize=8, color=INK)
-        _quiet(axes)
+        quiet(axes)
     for axes in grid.flat[len(panels) :]:
         axes.set_axis_off()
     figure.supxlabel("recall", fontsize=8, color=INK)
@@ -271,7 +271,7 @@ def _curve_panel(curves: Mapping[str, Curve]) -> bytes:
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.ticklabel_format(axis="y", scilimits=(-2, 5))
     axes.yaxis.get_offset_text().set(color=INK, fontsize=7)
-    _quiet(axes)
+    quiet(axes)
     title = f"{MAX_LINES} of {len(lines)}, all in report.json" if len(lines) > MAX_LINES else None
     axes.legend(frameon=False, fontsize=8, labelcolor=INK, title=title, title_fontsize=7)
     buffer = io.BytesIO()
@@ -295,14 +295,15 @@ def _short(name: str) -> str:
     return name if len(name) <= MAX_NAME else f"{name[: MAX_NAME - 1].rstrip(' ,')}…"
 
 
-def _quiet(axes: Axes) -> None:
+def quiet(axes: Axes) -> None:
     """Axes that leave the eye to the data."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#b8bec9")
     axes.grid(color="#b8bec9", alpha=0.4, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.tick_params(colors=INK, labelsize=8, length=0)
-    axes.xaxis.label.set(color=INK, fontsize=8)
+    for label in (axes.xaxis.label, axes.yaxis.label):
+        label.set(color=INK, fontsize=8)
 
 
 def png(figure: Figure, dpi: int = 132) -> bytes:
